@@ -1,14 +1,55 @@
-// Host module: what a person wants to know about this processor and this build. The operators load without it.
+// Host module: what a person wants to know about this processor and this build. The operators load without it; it ties
+// to one version of Python, they do not.
 #include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <thread>
 
 #include "build_facts.h"
 #include "cpu/isa.h"
+#include "cpu/probe/probe.h"
 
 namespace py = pybind11;
-using namespace bertkern;
+using namespace py::literals;
+using namespace bertkern::cpu;
+
+namespace {
+
+py::dict cpu() {
+  const CacheSizes& caches = cache_sizes();
+  return py::dict("brand"_a = cpu_brand(), "cores"_a = std::thread::hardware_concurrency(),
+                  "isa"_a = isa_name(detected_isa()), "l1d"_a = caches.l1d, "l2"_a = caches.l2, "l3"_a = caches.l3);
+}
+
+double peak(const std::string& dtype) {
+  const Isa isa = active_isa(/*warn=*/false);  // the operators' library has said it
+  if (dtype == "int8") return probe::peak(probe::Type::int8, isa);
+  if (dtype == "bf16") return probe::peak(probe::Type::bf16, isa);
+  if (dtype == "fp32") return probe::peak(probe::Type::fp32, isa);
+  throw std::invalid_argument("peak: expected dtype int8, bf16 or fp32. Got '" + dtype + "'.");
+}
+
+double read_bandwidth(int threads) {
+  if (threads < 1) {
+    throw std::invalid_argument("read_bandwidth: expected threads >= 1. Got " + std::to_string(threads) + ".");
+  }
+  return probe::read_bandwidth(threads, active_isa(/*warn=*/false));
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Processor features, build facts and peak probes.";
-  m.def("build_facts", [] { return kBuildFacts; }, "Facts of this build, as JSON.");
-  m.def("detected_isa", [] { return cpu::isa_name(cpu::detected_isa()); }, "Best level that this processor has.");
+  m.def("cpu", &cpu,
+        "Brand, logical cores, best ISA level and cache sizes in bytes (one instance of each), as a dict.");
+  m.def(
+      "active_isa", [] { return isa_name(active_isa(/*warn=*/false)); },
+      "The level in use after the cap BERTKERN_CPU_ISA. RuntimeError where that names no level.");
+  m.def("build_facts", [] { return kBuildFacts; }, "Compiler, flags and versions of this build, as JSON.");
+  m.def("peak", &peak, "dtype"_a, py::call_guard<py::gil_scoped_release>(),
+        "10^9 multiply-accumulates a second of one core in registers, at the active ISA level.\n\n"
+        "dtype: 'int8', 'bf16' (fp32 arithmetic where the level has no bf16 instructions) or 'fp32'.");
+  m.def("read_bandwidth", &read_bandwidth, "threads"_a = 1, py::call_guard<py::gil_scoped_release>(),
+        "10^9 bytes a second read from memory by this many threads, over a buffer four times the last-level cache.");
 }
