@@ -1,6 +1,6 @@
 """Build of bertkern's two compiled modules; everything that needs no program is in pyproject.toml.
 
-    bertkern/_C.abi3.so   the operators: torch's stable ABI and no Python, so one build serves every Python and torch >= 2.10
+    bertkern/_C.abi3.so   the operators: torch's stable ABI, no Python; one build serves every Python and torch >= 2.10
     bertkern/_host.*.so   pybind11: processor features, build facts, peak probes; the operators work without it
 
 Every kernel is compiled for the instruction set that its file name states, by the table ISA_FLAGS; everything else is

@@ -1,13 +1,10 @@
 """Loads the compiled operators, `torch.ops.bertkern.*`; where that cannot work, says in one line what to do.
 
 Importing this module loads `_C.abi3.so`, which ties to torch's stable ABI (2.10 and newer) and to no Python version.
-`host()` gives the pybind11 module with processor features, build facts and peak probes; it ties to the Python that
-built it, and nothing but diagnostics needs it.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from importlib import metadata
@@ -29,9 +26,7 @@ def _import_torch() -> ModuleType:
         raise ImportError("bertkern needs torch 2.10 or newer. Run: pip install 'torch>=2.10'") from None
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
-        raise ImportError(
-            f"bertkern: expected torch 2.10 or newer. Got {torch.__version__}. Run: pip install -U torch"
-        )
+        raise ImportError(f"bertkern needs torch 2.10 or newer. Got {torch.__version__}. Run: pip install -U torch")
     return torch
 
 
@@ -48,12 +43,12 @@ def _missing_library() -> str:
     installed = _installed_elsewhere()
     if installed:
         return (
-            f"bertkern: {PACKAGE} has no compiled operators and hides the installed {installed}. "
+            f"{PACKAGE} has no compiled operators and hides the installed {installed}. "
             f"Run Python from another folder, or build here: {BUILD}"
         )
     if (PACKAGE.parent / "setup.py").exists():
-        return f"bertkern: the operators are not built in {PACKAGE}. Run in {PACKAGE.parent}: {BUILD}"
-    return f"bertkern: this installation lacks {LIBRARY.name}. Reinstall it: pip install --force-reinstall bertkern"
+        return f"bertkern's operators are not built. Run in {PACKAGE.parent}: {BUILD}"
+    return f"{PACKAGE} lacks {LIBRARY.name}. Reinstall: pip install --force-reinstall --no-deps bertkern"
 
 
 def load(library: str | os.PathLike | None = None) -> None:
@@ -66,23 +61,15 @@ def load(library: str | os.PathLike | None = None) -> None:
     torch = _import_torch()
     path = Path(library or os.environ.get("BERTKERN_LIBRARY") or LIBRARY)
     if not path.exists():
-        raise ImportError(_missing_library() if path == LIBRARY else f"bertkern: there is no library {path}.")
+        raise ImportError(_missing_library() if path == LIBRARY else f"BERTKERN_LIBRARY: there is no file {path}.")
     try:
         torch.ops.load_library(path)
     except OSError as error:
         reason = str(error).replace("\n", " ")
         raise ImportError(
-            f"bertkern: {path} does not load here ({reason}). It was built for another platform or torch: "
-            f"rebuild it from the sources: {BUILD}"
+            f"{path} does not load here ({reason}): it was built for another platform or torch. "
+            f"Build from the sources: {BUILD}"
         ) from None
-
-
-def host() -> ModuleType | None:
-    """The host module, or None where the wheel was built under another Python version."""
-    try:
-        return importlib.import_module("bertkern._host")
-    except ImportError:
-        return None
 
 
 if sys.platform == "win32":

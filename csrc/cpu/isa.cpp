@@ -89,10 +89,17 @@ void read_caches_from_cpuid(CacheSizes& sizes) {
       const std::size_t bytes = (std::size_t(r.ebx >> 22) + 1) * (((r.ebx >> 12) & 0x3ff) + 1) * ((r.ebx & 0xfff) + 1) *
                                 (std::size_t(r.ecx) + 1);  // ways x partitions x line bytes x sets
       switch ((r.eax >> 5) & 0x7) {
-        case 1: sizes.l1d = bytes; break;
-        case 2: sizes.l2 = bytes; break;
-        case 3: sizes.l3 = bytes; break;
-        default: break;
+        case 1:
+          sizes.l1d = bytes;
+          break;
+        case 2:
+          sizes.l2 = bytes;
+          break;
+        case 3:
+          sizes.l3 = bytes;
+          break;
+        default:
+          break;
       }
     }
     if (sizes.l1d) return;
@@ -146,7 +153,8 @@ CacheSizes read_caches() {
   if (!sizes.l1d) read_caches_from_sysfs(sizes);
 #endif
 #if defined(__APPLE__)
-  if (!sizes.l1d) sizes = {sysctl_size("hw.l1dcachesize"), sysctl_size("hw.l2cachesize"), sysctl_size("hw.l3cachesize")};
+  if (!sizes.l1d)
+    sizes = {sysctl_size("hw.l1dcachesize"), sysctl_size("hw.l2cachesize"), sysctl_size("hw.l3cachesize")};
 #endif
   if (!sizes.l1d) sizes.l1d = std::size_t(32) << 10;
   if (!sizes.l2) sizes.l2 = std::size_t(256) << 10;

@@ -12,8 +12,7 @@ void run_int8(std::int64_t iterations) {
   BERTKERN_CHAINS(__m256i);
   __m256i product;
   for (std::int64_t n = 0; n < iterations; ++n) {
-#define UPDATE(a) \
-  __asm__ volatile("vpmaddwd %2, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(a), "=&x"(product) : "x"(x));
+#define UPDATE(a) __asm__ volatile("vpmaddwd %2, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(a), "=&x"(product) : "x"(x));
     BERTKERN_ROUND(UPDATE)
 #undef UPDATE
   }
@@ -41,8 +40,6 @@ std::uint64_t read(const void* data, std::size_t bytes) {
 
 }  // namespace
 
-Probes probes() {
-  return {{run_int8, 16 * BERTKERN_CHAIN_COUNT}, {}, {run_fp32, 8 * BERTKERN_CHAIN_COUNT}, read};
-}
+Probes probes() { return {{run_int8, 16 * BERTKERN_CHAIN_COUNT}, {}, {run_fp32, 8 * BERTKERN_CHAIN_COUNT}, read}; }
 
 }  // namespace bertkern::cpu::probe::avx2

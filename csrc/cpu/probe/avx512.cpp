@@ -11,8 +11,7 @@ void run_int8(std::int64_t iterations) {  // as in avx2.cpp, twice as wide
   BERTKERN_CHAINS(__m512i);
   __m512i product;
   for (std::int64_t n = 0; n < iterations; ++n) {
-#define UPDATE(a) \
-  __asm__ volatile("vpmaddwd %2, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(a), "=&v"(product) : "v"(x));
+#define UPDATE(a) __asm__ volatile("vpmaddwd %2, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(a), "=&v"(product) : "v"(x));
     BERTKERN_ROUND(UPDATE)
 #undef UPDATE
   }
@@ -40,8 +39,6 @@ std::uint64_t read(const void* data, std::size_t bytes) {
 
 }  // namespace
 
-Probes probes() {
-  return {{run_int8, 32 * BERTKERN_CHAIN_COUNT}, {}, {run_fp32, 16 * BERTKERN_CHAIN_COUNT}, read};
-}
+Probes probes() { return {{run_int8, 32 * BERTKERN_CHAIN_COUNT}, {}, {run_fp32, 16 * BERTKERN_CHAIN_COUNT}, read}; }
 
 }  // namespace bertkern::cpu::probe::avx512

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -27,61 +28,72 @@ void for_each_level(Isa isa, const Visit& visit) {
 #endif
 }
 
-// Multiply-accumulates a second: the best of short runs, long enough for the clock, short enough to fit between
+// Runs work(0) ... work(threads - 1) at the same time, the first on the calling thread.
+template <typename Work>
+void run_together(int threads, const Work& work) {
+  std::vector<std::thread> team;
+  for (int index = 1; index < threads; ++index) team.emplace_back(work, index);
+  work(0);
+  for (std::thread& member : team) member.join();
+}
+
+// Multiply-accumulates a second: the best of runs long enough for the clock and short enough to fit between
 // interruptions.
-double rate(const Loop& loop) {
+double rate(const Loop& loop, double seconds) {
   std::int64_t iterations = 256;
   double best = 0;
-  for (const Clock::time_point start = Clock::now(); seconds_since(start) < 3e-3;) {
+  for (const Clock::time_point start = Clock::now(); seconds_since(start) < seconds;) {
     const Clock::time_point begin = Clock::now();
     loop.run(iterations);
-    const double seconds = seconds_since(begin);
-    best = std::max(best, double(loop.macs) * double(iterations) / seconds);
-    if (seconds < 2e-4) iterations *= 2;
+    const double elapsed = seconds_since(begin);
+    best = std::max(best, double(loop.macs) * double(iterations) / elapsed);
+    if (elapsed < 2e-4) iterations *= 2;
   }
   return best;
 }
 
 }  // namespace
 
-double peak(Type type, Isa isa) {
-  double best = 0;
-  // Wider registers are not always faster (Zen 4's 512-bit vpmaddwd is not), so every level has its turn.
+double peak(Type type, Isa isa, int threads, double seconds) {
+  std::vector<Loop> loops;
   for_each_level(isa, [&](const Probes& probes) {
     const Loop& loop = type == Type::int8 ? probes.int8 : type == Type::bf16 ? probes.bf16 : probes.fp32;
-    if (loop.run) best = std::max(best, rate(loop));
+    if (loop.run) loops.push_back(loop);
   });
-  if (best == 0) return peak(Type::fp32, isa);  // without bf16 instructions kernels widen to fp32
+  if (loops.empty()) return peak(Type::fp32, isa, threads, seconds);  // without bf16 kernels widen to fp32
+
+  // Wider registers are not always faster (Zen 4's 512-bit vpmaddwd is not), so every level has its turn.
+  double best = 0;
+  for (const Loop& loop : loops) {
+    std::vector<double> rates(std::size_t(threads), 0.0);
+    run_together(threads, [&](int index) { rates[std::size_t(index)] = rate(loop, seconds / double(loops.size())); });
+    best = std::max(best, std::accumulate(rates.begin(), rates.end(), 0.0));
+  }
   return best / 1e9;
 }
 
-double read_bandwidth(int threads, Isa isa) {
+double read_bandwidth(Isa isa, int threads, std::size_t bytes) {
   std::uint64_t (*read)(const void*, std::size_t) = nullptr;
   for_each_level(isa, [&](const Probes& probes) { read = probes.read ? probes.read : read; });
 
   constexpr std::size_t kMiB = std::size_t(1) << 20;
-  threads = std::max(1, threads);
-  const std::size_t total = std::clamp(4 * cache_sizes().l3, 64 * kMiB, 1024 * kMiB);
-  const std::size_t part = (total / std::size_t(threads) + kMiB - 1) / kMiB * kMiB;
+  if (bytes == 0) bytes = std::clamp(4 * cache_sizes().l3, 64 * kMiB, 1024 * kMiB);
+  const std::size_t part = (bytes / std::size_t(threads) + kMiB - 1) / kMiB * kMiB;
+  bytes = part * std::size_t(threads);
 
   const auto release = [](void* data) { ::operator delete(data, std::align_val_t(4096)); };
-  const std::size_t bytes = part * std::size_t(threads);
   std::unique_ptr<void, decltype(release)> buffer(::operator new(bytes, std::align_val_t(4096)), release);
   std::memset(buffer.get(), 1, bytes);  // untouched pages would all be the same zero page
 
-  std::vector<double> times(static_cast<std::size_t>(threads));
   double best = 0;
   for (int pass = 0; pass < 5; ++pass) {
-    const auto work = [&](int index) {
+    std::vector<double> times(std::size_t(threads), 0.0);
+    run_together(threads, [&](int index) {
       const Clock::time_point begin = Clock::now();
       volatile std::uint64_t sink = read(static_cast<const char*>(buffer.get()) + part * std::size_t(index), part);
       (void)sink;
       times[std::size_t(index)] = seconds_since(begin);
-    };
-    std::vector<std::thread> team;
-    for (int index = 1; index < threads; ++index) team.emplace_back(work, index);
-    work(0);
-    for (std::thread& member : team) member.join();
+    });
     best = std::max(best, double(bytes) / *std::max_element(times.begin(), times.end()));
   }
   return best / 1e9;

@@ -42,11 +42,12 @@ Probes probes();
 }
 #endif
 
-// 10^9 multiply-accumulates a second of one core, with the best instructions up to this level: a few milliseconds.
-double peak(Type type, Isa isa);
+// 10^9 multiply-accumulates a second of `threads` threads together, each in its own registers, with the best
+// instructions up to this level; measured for about `seconds`.
+double peak(Type type, Isa isa, int threads = 1, double seconds = 0.005);
 
-// 10^9 bytes a second read from memory by `threads` threads together, each over its own part of a buffer four times
-// the last-level cache (64 MiB to 1 GiB). The best of five passes.
-double read_bandwidth(int threads, Isa isa);
+// 10^9 bytes a second read from memory by `threads` threads together, each over its own part of a buffer of `bytes`
+// (0: four times the last-level cache, at least 64 MiB, at most 1 GiB). The best of five passes.
+double read_bandwidth(Isa isa, int threads = 1, std::size_t bytes = 0);
 
 }  // namespace bertkern::cpu::probe
