@@ -13,6 +13,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+BUILD := $(BIN)/python setup.py -q build_ext --inplace
 USABLE_TORCH := -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null
 
 # An environment is kept until pyproject.toml changes or another PYTHON is asked for.
@@ -44,12 +45,13 @@ $(VENV)/made-from:
 $(VENV)/installed: $(VENV)/made-from pyproject.toml
 	@$(PIP) 'setuptools>=77' wheel 'pybind11>=2.12' ninja
 	@$(BIN)/python $(USABLE_TORCH) || { echo "Installing $(TORCH)"; $(PIP) '$(TORCH)'; }
-	@echo "Building and installing bertkern with its test and benchmark dependencies"
+	@$(BUILD)
+	@echo "Installing bertkern with its test and benchmark dependencies"
 	@$(PIP) --no-build-isolation -e '.[test,bench]'
 	@touch $@
 
 build: $(VENV)/installed
-	@$(BIN)/python setup.py -q build_ext --inplace
+	@$(BUILD)
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
