@@ -71,7 +71,10 @@ class Toolchain:
             import torch.utils.cpp_extension
         except ImportError as error:
             if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-                stop(f"torch is not installed here. Run: pip install 'torch>=2.10', then: {INSTALL}")
+                stop(
+                    f"this build sees no torch. Run: pip install 'torch>=2.10', then: {INSTALL} "
+                    "(without that option pip hides an installed torch from it)"
+                )
             stop(f"torch does not import ({error}). Reinstall it, then: {INSTALL}")
         version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
         if version < (2, 10):

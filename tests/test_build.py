@@ -189,8 +189,8 @@ def test_build_without_torch(project, run_python, tmp_path):
     path = [stub(tmp_path / "stubs", "torch", ABSENT.format("torch"))]
     line = failed_build(run_python, project, path=path)
     assert line == (
-        "bertkern: torch is not installed here. "
-        "Run: pip install 'torch>=2.10', then: pip install --no-build-isolation ."
+        "bertkern: this build sees no torch. Run: pip install 'torch>=2.10', then: pip install --no-build-isolation . "
+        "(without that option pip hides an installed torch from it)"
     )
     done = run_python(["setup.py", "-q", "--version"], path=path, cwd=project)  # metadata needs no torch
     assert done.returncode == 0 and done.stdout.strip() == "0", done.stderr
