@@ -18,7 +18,7 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 // Calls visit(probes) for every level up to `isa`, the lowest first.
 template <typename Visit>
-void for_each_level(Isa isa, const Visit& visit) {
+void for_each_level([[maybe_unused]] Isa isa, const Visit& visit) {
   visit(portable::probes());
 #if defined(__x86_64__)
   if (isa >= Isa::avx2) visit(avx2::probes());
