@@ -286,5 +286,7 @@ setup(
     package_dir=package_dir,
     ext_modules=libraries(),
     cmdclass={"build_ext": build_command()},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # the operators do; doctor says where _host does not
+    # One wheel for every Python, for the operators' sake; doctor says where _host does not fit. (Free-threaded Python has
+    # no such wheels.)
+    options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )
