@@ -286,7 +286,7 @@ setup(
     package_dir=package_dir,
     ext_modules=libraries(),
     cmdclass={"build_ext": build_command()},
-    # One wheel for every Python, for the operators' sake; doctor says where _host does not fit. (Free-threaded Python has
-    # no such wheels.)
+    # One wheel for every Python, for the operators' sake (free-threaded Python has none such); doctor says where _host
+    # does not fit.
     options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )
