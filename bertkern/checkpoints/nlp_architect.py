@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel
 
 from bertkern.compress.q8bert.config import EMBEDDINGS, OPS, OpSettings, Q8BertConfig
-from bertkern.compress.q8bert.convert import Int8Parts, int8_embedding, int8_linear
+from bertkern.compress.q8bert.conversion import Int8Parts, int8_embedding, int8_linear
 from bertkern.compress.q8bert.prepare import prepare_qat
 from bertkern.compress.q8bert.roles import Role, find_roles
 

@@ -7,9 +7,9 @@ Three ways lead to the int8 model, and all end in `convert`:
 - a checkpoint of NLP Architect: `bertkern.checkpoints.load_checkpoint(path)`.
 """
 
-from .calibrate import Range, calibrate
+from .calibration import Range, calibrate
 from .config import OpSettings, Q8BertConfig
-from .convert import convert
+from .conversion import convert
 from .modules import FakeQuantEmbedding, FakeQuantLinear
 from .observers import AbsMax, MovingAverage, Percentile
 from .prepare import prepare_qat
