@@ -80,30 +80,57 @@ def test_narrow_weights_convert():
     torch.testing.assert_close(run(parts, x).float(), layer(x), rtol=1e-3, atol=1e-3)
 
 
-def compare(simulated: nn.Module, converted: nn.Module, batches: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
-    """(SQNR in dB, agreement of argmax) of the main outputs at real tokens."""
-    expected, actual = [], []
+def real_rows(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The main outputs [rows, features] of a model at real tokens."""
+    rows = []
     with torch.no_grad():
         for batch in batches:
-            a, b = main_output(simulated(**batch)), main_output(converted(**batch))
+            output = main_output(model(**batch))
             real = batch["attention_mask"].bool()
-            if a.shape[:2] == real.shape:
-                a, b = a[real], b[real]
-            expected.append(a.reshape(-1, a.shape[-1])), actual.append(b.reshape(-1, b.shape[-1]))
-    expected, actual = torch.cat(expected), torch.cat(actual)
-    return reference.sqnr(expected, actual), reference.agreement(expected, actual)
+            output = output[real] if output.shape[:2] == real.shape else output
+            rows.append(output.reshape(-1, output.shape[-1]))
+    return torch.cat(rows)
+
+
+# Logits of 8 bits tie by the dozen among random weights; Q8BERT's successors do not requantize them either.
+EXACT_LOGITS = Q8BertConfig().replace(head=OpSettings(requantize_output=False))
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_whole_models(class_name, reference_kernels):
+    """The model agrees with its simulation as well as the simulation does with itself in float64.
+
+    A value on the border of two codes falls to either side by the last bit of what was computed before, and each such
+    fall pushes others: rounding networks amplify noise up to that of the quantization itself. No kernel can be nearer
+    to an fp32 simulation than the same simulation in float64 is, but for luck (3 dB, half a per cent).
+    """
     model = tiny(class_name)
-    calibrate(model, [inputs(model, seed=s) for s in range(4)], progress=False)
+    calibrate(model, [inputs(model, seed=s) for s in range(4)], EXACT_LOGITS, progress=False)
     converted = convert(copy.deepcopy(model))
     assert not any(isinstance(m, FAKE) for m in converted.modules())
     assert not hasattr(converted.config, "q8bert") and hasattr(model.config, "q8bert")
     assert not converted.training
-    decibels, same = compare(model, converted, [inputs(model, batch=16, seed=s) for s in range(10, 14)])
-    assert decibels >= 40 and same >= 0.995, (decibels, same)
+    batches = [inputs(model, batch=32, seed=s) for s in range(10, 14)]
+    simulated, actual = real_rows(model, batches), real_rows(converted, batches)
+    exact = real_rows(model.double(), batches)
+    print(
+        f"{reference.sqnr(simulated, actual):.1f} dB, agreement {reference.agreement(simulated, actual):.4f}; float64 "
+        f"simulation {reference.sqnr(simulated, exact):.1f} dB, {reference.agreement(simulated, exact):.4f}"
+    )
+    assert reference.sqnr(simulated, actual) >= min(40, reference.sqnr(simulated, exact) - 3)
+    assert reference.agreement(simulated, actual) >= min(0.995, reference.agreement(simulated, exact) - 0.005)
+
+
+def test_hidden_states_of_a_deep_model_at_transformers_own_initialization(reference_kernels):
+    model = tiny("BertModel", hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, 0, 0.02)
+    calibrate(model, [inputs(model, seed=s) for s in range(4)], progress=False)
+    batches = [inputs(model, batch=16, seed=s) for s in range(10, 12)]
+    simulated = real_rows(model, batches)
+    actual = real_rows(convert(model), batches)
+    assert reference.sqnr(simulated, actual) >= 40
 
 
 def test_tied_codes_are_one_tensor(reference_kernels):

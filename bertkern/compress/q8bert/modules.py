@@ -60,8 +60,8 @@ class _FakeQuant(nn.Module):
         return scale_of(max_abs(self.weight), self.settings.weight_bits)
 
     def weight_codes(self) -> Tensor:
-        """The weight's codes as fp32 numbers, in the shape of the weight."""
-        return quantize(self.weight.detach().float(), self.weight_scale(), self.settings.weight_bits)
+        """The weight's codes as floating-point numbers, fp32 at least, in the shape of the weight."""
+        return quantize(self.weight.detach(), self.weight_scale(), self.settings.weight_bits)
 
     def fake_quantized_weight(self) -> Tensor:
         """The weight on its grid of codes, with straight-through gradient."""
@@ -176,8 +176,8 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         # The codes' products reach 49 million at K = 3072: autocast must not carry them in half precision.
         with torch.autocast(x.device.type, enabled=False):
             x_scale, w_scale = self._activation_scale(x, "input_thresh"), self.weight_scale()
-            bias = None if self.bias is None else quantize(self.bias, x_scale * w_scale, BIAS_BITS).float()
-            codes = quantize(x, x_scale, s.activation_bits).float()
+            bias = None if self.bias is None else quantize(self.bias, x_scale * w_scale, BIAS_BITS)
+            codes = quantize(x, x_scale, s.activation_bits)
             y = F.linear(codes, self.weight_codes(), bias) / (x_scale * w_scale)
             if s.requantize_output:
                 y = fake_quantize(y, self._activation_scale(y, "output_thresh"), s.activation_bits)
