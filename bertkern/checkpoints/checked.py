@@ -12,8 +12,8 @@ SHOWN = 10
 class CheckedTensors:
     """Named tensors of which each is asked for with what it must be.
 
-    `take` returns a tensor of the right shape in any case (zeros in place of a bad one), so a loader can go on and
-    learn of all that is wrong; `finish` then raises, and a loader changes nothing before it.
+    `take` returns a tensor of the right shape in any case (NaN, or zeros of an integer type, in place of a bad one), so
+    a loader can go on and learn of all that is wrong; `finish` then raises, and a loader changes nothing before it.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -36,7 +36,7 @@ class CheckedTensors:
         wanted = () if shape is None else tuple(shape)
         kinds = " or ".join(_short(dtype) for dtype in dtypes)
         tensor = self._left.pop(name, None)
-        stand_in = torch.zeros(wanted, dtype=dtypes[0])
+        stand_in = torch.full(wanted, float("nan") if dtypes[0].is_floating_point else 0, dtype=dtypes[0])
         if tensor is None:
             self.wrong(f"expected {name}, {kinds} of shape {list(wanted)}. Got no such tensor.")
             return stand_in
@@ -53,7 +53,7 @@ class CheckedTensors:
             return stand_in
         if positive and not (tensor > 0).all():
             self.wrong(f"expected {name} to be positive. Got {float(tensor.min())}.")
-            return torch.ones_like(stand_in)
+            return stand_in
         return tensor
 
     def take_codes(self, name: str, shape: Iterable[int]) -> Tensor:
