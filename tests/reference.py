@@ -71,9 +71,7 @@ def quantize_weight(weight: Tensor, per_channel: bool = True) -> tuple[Tensor, T
     return codes.to(torch.int8), scale
 
 
-def quantize_rows(
-    x: Tensor, scale: float = 0.0, zero_point: int = 0, unsigned: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, scale: float = 0.0, zero_point: int = 0, unsigned: bool = False) -> tuple[Tensor, Tensor]:
     """Codes of x [M, K] and steps: dynamic, absmax / 127 of each row, [M]; static (scale > 0), [1].
 
     Signed codes lie in [-127, 127], unsigned ones in [0, 255] around `zero_point`.
@@ -252,6 +250,9 @@ class Int8LinearReference(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.input_scale, self.output_scale = float(input_scale), float(output_scale)
+
+    def share(self, table: nn.Module) -> None:
+        self.weight_codes, self.weight_scale = table.weight_codes, table.weight_scale
 
     def forward(self, x: Tensor) -> Tensor:
         run = int8_linear(self.weight_codes, self.weight_scale, self.bias, self.input_scale, self.output_scale)

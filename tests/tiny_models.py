@@ -62,7 +62,9 @@ def tiny(class_name: str, seed: int = 0, **config) -> nn.Module:
     return model.eval()
 
 
-def inputs(model: nn.Module, batch: int = 4, length: int = LENGTH, seed: int = 1, padding: bool = True) -> dict[str, Tensor]:
+def inputs(
+    model: nn.Module, batch: int = 4, length: int = LENGTH, seed: int = 1, padding: bool = True
+) -> dict[str, Tensor]:
     """Random ids and a mask of trailing padding, [batch, length], or [batch, 2, length] for multiple choice."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, 2, length) if "MultipleChoice" in type(model).__name__ else (batch, length)

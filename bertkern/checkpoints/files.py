@@ -45,7 +45,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The values of config.json in `folder`. Raises FileNotFoundError or ValueError."""
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"load_checkpoint: expected config.json beside the weights. Got none in {str(folder)!r}.")
+        raise FileNotFoundError(
+            f"load_checkpoint: expected config.json beside the weights. Got none in {str(folder)!r}."
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

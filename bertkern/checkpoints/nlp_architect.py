@@ -138,7 +138,9 @@ def _open(path: Path, file_names: tuple[str, ...]) -> tuple[Path, dict[str, Any]
     if path.is_dir():
         present = [path / name for name in file_names if (path / name).is_file()]
         if not present:
-            raise FileNotFoundError(f"load_checkpoint: expected {' or '.join(file_names)} in {str(path)!r}. Got neither.")
+            raise FileNotFoundError(
+                f"load_checkpoint: expected {' or '.join(file_names)} in {str(path)!r}. Got neither."
+            )
         file = present[0]
     return file, read_config(file.parent)
 
@@ -147,7 +149,9 @@ def _build(
     values: dict[str, Any], tensors: dict[str, Tensor], model_class: type[PreTrainedModel] | None
 ) -> PreTrainedModel:
     if values.get("pruned_heads"):
-        raise ValueError(f"load_checkpoint: expected a BERT with all of its heads. Got pruned_heads {values['pruned_heads']}.")
+        raise ValueError(
+            f"load_checkpoint: expected a BERT with all of its heads. Got pruned_heads {values['pruned_heads']}."
+        )
     model_class = model_class or _model_class(values, tensors)
     # Weights are drawn and at once overwritten; the caller's random numbers are not to notice.
     with torch.random.fork_rng(devices=[]):

@@ -175,7 +175,10 @@ def _minus_128(codes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_drop(f"{QUERY}.quantized_weight"), rf"expected {QUERY}.quantized_weight, int8 of shape \[48, 48\]. Got no such"),
+        (
+            _drop(f"{QUERY}.quantized_weight"),
+            rf"expected {QUERY}.quantized_weight, int8 of shape \[48, 48\]. Got no such",
+        ),
         (_drop(f"{QUERY}._weight_scale"), f"expected {QUERY}._weight_scale, float32 .* Got no such tensor"),
         (_drop(f"{QUERY}._quantized_bias"), rf"expected {QUERY}._quantized_bias, int32 of shape \[48\]. Got no such"),
         (_drop(f"{QUERY}.bias_scale"), f"expected {QUERY}.bias_scale"),
@@ -258,7 +261,9 @@ def test_files_that_are_no_tensors(name, kind, tmp_path, capsys):
     elif kind == "list":
         torch.save([torch.zeros(2)], path)
     else:
-        path.write_bytes({"truncated": path.read_bytes()[: path.stat().st_size // 2], "empty": b"", "text": b"{}"}[kind])
+        path.write_bytes(
+            {"truncated": path.read_bytes()[: path.stat().st_size // 2], "empty": b"", "text": b"{}"}[kind]
+        )
     with pytest.raises(ValueError, match="load_checkpoint: expected .* to (be a file of tensors|hold tensors by name)"):
         load_checkpoint(path)
     assert "a pickle was run" not in capsys.readouterr().out

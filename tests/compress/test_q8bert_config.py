@@ -50,7 +50,10 @@ def test_the_authors_json(form, tmp_path):
         ({"version": 2}, "expected version 1. Got 2"),
         ({"version": 1, "heads": {}}, "Got heads"),
         ({"version": 1, "head": {"bits": 8}}, r"Q8BertConfig.head: expected only the fields mode.* Got bits"),
-        ({"version": 1, "head": {"mode": "static"}}, "head: .*expected mode to be one of none, dynamic, ema. Got 'static'"),
+        (
+            {"version": 1, "head": {"mode": "static"}},
+            "head: .*expected mode to be one of none, dynamic, ema. Got 'static'",
+        ),
         ({"version": 1, "head": {"weight_bits": 9}}, "expected weight_bits to be an integer from 2 to 8. Got 9"),
         ({"version": 1, "head": {"activation_bits": True}}, "expected activation_bits .* Got True"),
         ({"version": 1, "head": {"start_step": -1}}, "expected start_step .* Got -1"),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from bertkern.compress.q8bert import (
     FakeQuantEmbedding,
@@ -126,7 +127,7 @@ def test_hidden_states_of_a_deep_model_at_transformers_own_initialization(refere
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and parameter.dim() == 2:
             torch.nn.init.normal_(parameter, 0, 0.02)
-    calibrate(model, [inputs(model, seed=s) for s in range(4)], progress=False)
+    calibrate(model, [inputs(model, seed=s) for s in range(4)], Q8BertConfig(), progress=False)
     batches = [inputs(model, batch=16, seed=s) for s in range(10, 12)]
     simulated = real_rows(model, batches)
     actual = real_rows(convert(model), batches)
@@ -150,7 +151,9 @@ def test_a_shared_layer_stays_shared(reference_kernels):
 
 
 def test_mode_none_becomes_plain_again(reference_kernels):
-    model = prepare_qat(tiny("BertForSequenceClassification"), Q8BertConfig.uniform(mode="dynamic").replace(head=OpSettings("none")))
+    model = prepare_qat(
+        tiny("BertForSequenceClassification"), Q8BertConfig.uniform(mode="dynamic").replace(head=OpSettings("none"))
+    )
     convert(model)
     assert type(model.classifier) is nn.Linear and set(model.classifier.state_dict()) == {"weight", "bias"}
 
@@ -178,11 +181,24 @@ def test_refused_before_any_change(settings, message, reference_kernels):
 @pytest.mark.parametrize("name", ["weight", "bias", "output_thresh"])
 def test_what_is_not_finite_is_refused(name, reference_kernels):
     model = tiny("BertForSequenceClassification")
-    calibrate(model, inputs(model), progress=False)
+    calibrate(model, inputs(model), Q8BertConfig(), progress=False)
     with torch.no_grad():
         getattr(model.classifier, name).fill_(float("inf"))
     with pytest.raises(ValueError, match=f"expected classifier.{name} to be"):
         convert(model)
+
+
+def test_a_pruned_weight_converts_as_its_last_step_left_it(reference_kernels):
+    model = prepare_qat(tiny("BertModel"), Q8BertConfig.uniform(mode="dynamic"))
+    layer = model.pooler.dense
+    prune.l1_unstructured(layer, "weight", 0.5)
+    with torch.no_grad():
+        # An optimizer's step; torch masks the weight again only at the next forward call.
+        layer.weight_orig.mul_(2)
+    expected, mask = layer.weight_orig.abs().amax() / 127, layer.weight_mask
+    convert(model)
+    torch.testing.assert_close(model.pooler.dense.weight_scale, expected.reshape(1))
+    assert (model.pooler.dense.weight_codes[mask == 0] == 0).all()
 
 
 def test_a_plain_model_is_refused():

@@ -54,7 +54,9 @@ def test_ranges_start_at_the_first_batch_and_then_follow():
         layer(batch)
         threshold = float(layer.input_thresh)
         weight = reference.fake_quantize(layer.weight.detach(), float(layer.weight.detach().abs().max()))
-        outputs.append(float(nn.functional.linear(reference.fake_quantize(batch, threshold), weight, layer.bias).abs().max()))
+        outputs.append(
+            float(nn.functional.linear(reference.fake_quantize(batch, threshold), weight, layer.bias).abs().max())
+        )
     expected = reference.moving_range([float(b.abs().max()) for b in batches[2:]], 0.9)
     assert float(layer.input_thresh) == pytest.approx(expected, rel=1e-5)
     assert float(layer.output_thresh) == pytest.approx(reference.moving_range(outputs, 0.9), rel=1e-5)

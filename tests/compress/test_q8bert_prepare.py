@@ -36,11 +36,15 @@ def test_every_linear_of_the_paper_is_found(class_name):
     # ELECTRA's embedding projection and MPNet's position buckets have no counterpart in Q8BERT.
     assert all(n.endswith(("embeddings_project", "relative_attention_bias")) for n in plain), plain
     layers = [r.op for r in find_roles(model)]
-    assert all(layers.count(op) == 2 for op in ("attention_query", "attention_output", "ffn_intermediate", "ffn_output"))
+    assert all(
+        layers.count(op) == 2 for op in ("attention_query", "attention_output", "ffn_intermediate", "ffn_output")
+    )
 
 
 def test_roles_of_a_bert():
-    roles = {role.name: role.op for role in find_roles(tiny("BertForSequenceClassification")) if "layer.1" not in role.name}
+    roles = {
+        role.name: role.op for role in find_roles(tiny("BertForSequenceClassification")) if "layer.1" not in role.name
+    }
     layer = "bert.encoder.layer.0."
     assert roles == {
         "bert.embeddings.word_embeddings": "word_embeddings",

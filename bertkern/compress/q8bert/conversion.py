@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from .fake_quant import largest_code, quantize
 from .modules import BIAS_BITS, FakeQuantEmbedding, FakeQuantLinear
@@ -44,31 +45,33 @@ def convert(model: nn.Module) -> nn.Module:
         ValueError: before the first change: no fake-quantized layer, a layer without a range yet, a range or weight
             that is not finite, or activations of a width that the kernels do not run; the text names the layer.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (FakeQuantLinear, FakeQuantEmbedding))}
-    if not layers:
+    groups = _layers(model)
+    if not groups:
         raise ValueError("convert: expected a model prepared by prepare_qat or calibrate. Got no fake-quantized layer.")
-    for name, layer in layers.items():
-        _check(name or type(layer).__name__, layer)
-    codes = _SharedCodes()
-    if "" in layers:
-        return _converted(model, codes)
-    converted: dict[int, nn.Module] = {}
-    # A module that stands in two places must stay one module.
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, (FakeQuantLinear, FakeQuantEmbedding)) and name:
-            if id(layer) not in converted:
-                converted[id(layer)] = _converted(layer, codes)
+    for names in groups:
+        layer = model.get_submodule(names[0])
+        _apply_pruning(layer)
+        _check(names[0] or type(model).__name__, layer)
+    if groups[0] == [""]:
+        return _converted(model)
+    ties = _ties(model, [names[0] for names in groups])
+    # One by one and by name, so that each float weight is freed as its codes take its place.
+    for names in groups:
+        converted = _converted(model.get_submodule(names[0]))
+        for name in names:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, converted[id(layer)])
+            setattr(model.get_submodule(parent), leaf, converted)
+    for linear, table in ties.items():
+        model.get_submodule(linear).share(model.get_submodule(table))
     for _, pretrained in pretrained_models(model):
         if hasattr(pretrained.config, "q8bert"):
             del pretrained.config.q8bert
     return model
 
 
-def linear_parts(layer: FakeQuantLinear, codes: "_SharedCodes | None" = None) -> Int8Parts:
+def linear_parts(layer: FakeQuantLinear) -> Int8Parts:
     """The int8 form of one layer whose ranges are known."""
-    weight_codes, weight_scale = (codes or _SharedCodes()).of(layer)
+    weight_codes, weight_scale = _codes(layer)
     zero = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
     bias = None if layer.bias is None else layer.bias.detach().float().clone()
     if layer.settings.mode == "dynamic":
@@ -79,22 +82,6 @@ def linear_parts(layer: FakeQuantLinear, codes: "_SharedCodes | None" = None) ->
         bias = quantize(bias, multiplier, BIAS_BITS) / multiplier
     output_scale = _step(layer.output_thresh) if layer.settings.requantize_output else zero
     return Int8Parts(weight_codes, weight_scale, bias, input_scale, output_scale)
-
-
-class _SharedCodes:
-    """Weight codes by parameter, so that tied layers share one tensor of codes, too."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[nn.Parameter, Tensor, Tensor]] = {}
-
-    def of(self, layer: FakeQuantLinear | FakeQuantEmbedding) -> tuple[Tensor, Tensor]:
-        """(codes int8, step fp32 [1])."""
-        key = (id(layer.weight), layer.settings.weight_bits)
-        if key not in self._known:
-            codes, step = layer.weight_codes().to(torch.int8), 1 / layer.weight_scale().reshape(1)
-            # The parameter is kept, or its id could be given to another.
-            self._known[key] = (layer.weight, codes, step)
-        return self._known[key][1:]
 
 
 def int8_linear(parts: Int8Parts) -> nn.Module:
@@ -117,16 +104,48 @@ def int8_embedding(codes: Tensor, scale: Tensor, padding_idx: int | None) -> nn.
     return Int8Embedding.from_codes(codes, scale, padding_idx=padding_idx)
 
 
-def _converted(layer: FakeQuantLinear | FakeQuantEmbedding, codes: _SharedCodes) -> nn.Module:
+def _layers(model: nn.Module) -> list[list[str]]:
+    """The names of each fake-quantized layer, several where one layer stands in several places."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (FakeQuantLinear, FakeQuantEmbedding)):
+            names.setdefault(id(module), []).append(name)
+    return list(names.values())
+
+
+def _ties(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Of linears whose weight, and so whose codes, are a table's: the linear's name -> the table's."""
+    layers = {name: model.get_submodule(name) for name in names}
+    layers = {name: layer for name, layer in layers.items() if layer.settings.mode != "none"}
+    tables = {(id(t.weight), t.settings.weight_bits): n for n, t in layers.items() if isinstance(t, FakeQuantEmbedding)}
+    sources = {
+        n: tables.get((id(m.weight), m.settings.weight_bits)) for n, m in layers.items() if n not in tables.values()
+    }
+    return {name: source for name, source in sources.items() if source is not None}
+
+
+def _codes(layer: FakeQuantLinear | FakeQuantEmbedding) -> tuple[Tensor, Tensor]:
+    """(codes int8, step fp32 [1]) of the weight."""
+    return layer.weight_codes().to(torch.int8), 1 / layer.weight_scale().reshape(1)
+
+
+def _converted(layer: FakeQuantLinear | FakeQuantEmbedding) -> nn.Module:
     if layer.settings.mode == "none":
         return layer.release()
     if isinstance(layer, FakeQuantEmbedding):
-        return int8_embedding(*codes.of(layer), layer.padding_idx).train(layer.training)
-    return int8_linear(linear_parts(layer, codes)).train(layer.training)
+        return int8_embedding(*_codes(layer), layer.padding_idx).train(layer.training)
+    return int8_linear(linear_parts(layer)).train(layer.training)
 
 
 def _step(threshold: Tensor) -> Tensor:
     return (threshold / largest_code(ACTIVATION_BITS)).reshape(())
+
+
+def _apply_pruning(layer: nn.Module) -> None:
+    """Masks the weight anew under torch.nn.utils.prune, which does so only before a forward call."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            hook(layer, ())
 
 
 def _check(name: str, layer: FakeQuantLinear | FakeQuantEmbedding) -> None:

@@ -1,4 +1,4 @@
-"""How converted models run in these tests."""
+"""Converted models without the compiled library: for folders whose conftest imports the fixture."""
 
 import pytest
 
