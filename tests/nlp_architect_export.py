@@ -1,4 +1,4 @@
-"""Writes a prepared model as NLP Architect would: the same files, keys, dtypes and shapes (PyTorch 1.x, transformers 2).
+"""Writes a prepared model as NLP Architect would: the same files, keys, dtypes, shapes (PyTorch 1.x, transformers 2).
 
 It reads a module's attributes and buffers only and computes the integers by itself, so that an import of its files
 checks the importer's arithmetic, too. Nothing of bertkern is imported.

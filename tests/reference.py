@@ -1,4 +1,4 @@
-"""References in plain PyTorch, float64 where a number is to be compared: tests and benchmarks judge the kernels by them.
+"""References in plain PyTorch, float64 where numbers are compared: tests and benchmarks judge the kernels by them.
 
 Nothing of bertkern is imported, and every formula is written the obvious way. Functions are named as the operators they
 stand for; weights are canonical (codes and scales), never packed. Scales here are steps, x = code * scale, but for the

@@ -117,7 +117,7 @@ def load_training(path: Path, *, model_class: type[PreTrainedModel] | None = Non
 
 
 def _detect_int8(path: Path) -> bool:
-    return path.is_file() and path.name == INT8_FILE or (path / INT8_FILE).is_file()
+    return (path.is_file() and path.name == INT8_FILE) or (path / INT8_FILE).is_file()
 
 
 def _detect_training(path: Path) -> bool:

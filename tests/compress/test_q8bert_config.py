@@ -83,9 +83,9 @@ def test_json_refusals(source, message):
 
 
 def test_uniform_refuses_unknown_names():
-    with pytest.raises(ValueError, match="expected skip to name some of .* Got classifier"):
+    with pytest.raises(ValueError, match=r"expected skip to name some of .* Got classifier"):
         Q8BertConfig.uniform(skip=("classifier",))
-    with pytest.raises(ValueError, match="Got bits"):
+    with pytest.raises(ValueError, match=r"Got bits"):
         Q8BertConfig.uniform(bits=4)
-    with pytest.raises(ValueError, match="Q8BertConfig.head: expected OpSettings or None"):
+    with pytest.raises(ValueError, match=r"Q8BertConfig.head: expected OpSettings or None"):
         Q8BertConfig(head={"mode": "ema"})

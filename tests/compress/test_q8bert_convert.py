@@ -159,7 +159,7 @@ def test_mode_none_becomes_plain_again(reference_kernels):
 
 
 def test_a_single_layer(reference_kernels):
-    layer, x = trained_layer()
+    layer, _ = trained_layer()
     assert isinstance(convert(layer), reference.Int8LinearReference)
 
 

@@ -177,7 +177,7 @@ def test_adopt_and_release_keep_the_object():
     layer = FakeQuantLinear.adopt(linear, OpSettings())
     assert layer is linear and all(a is b for a, b in zip(parameters, layer.parameters(), strict=True))
     assert type(layer.release()) is nn.Linear and set(linear.state_dict()) == {"weight", "bias"}
-    with pytest.raises(TypeError, match="expected a plain Linear. Got Embedding"):
+    with pytest.raises(TypeError, match=r"expected a plain Linear. Got Embedding"):
         FakeQuantLinear.adopt(nn.Embedding(2, 2), OpSettings())
 
 

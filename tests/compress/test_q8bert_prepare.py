@@ -164,15 +164,15 @@ def test_refused_before_any_change(change, error, message):
 
 def test_refusals_of_arguments():
     model = tiny("BertModel")
-    with pytest.raises(TypeError, match="expected config to be a Q8BertConfig. Got dict"):
+    with pytest.raises(TypeError, match=r"expected config to be a Q8BertConfig. Got dict"):
         prepare_qat(model, {})
-    with pytest.raises(TypeError, match="expected model to be a torch module. Got str"):
+    with pytest.raises(TypeError, match=r"expected model to be a torch module. Got str"):
         prepare_qat("bert")
-    with pytest.raises(ValueError, match="families bert, roberta.* Got Linear"):
+    with pytest.raises(ValueError, match=r"families bert, roberta.* Got Linear"):
         prepare_qat(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="Got GPT2Model"):
+    with pytest.raises(ValueError, match=r"Got GPT2Model"):
         prepare_qat(transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)))
-    with pytest.raises(ValueError, match="quantizes some operation"):
+    with pytest.raises(ValueError, match=r"quantizes some operation"):
         prepare_qat(model, Q8BertConfig.from_dict({"version": 1}))
-    with pytest.raises(TypeError, match="prepared already"):
+    with pytest.raises(TypeError, match=r"prepared already"):
         prepare_qat(prepare_qat(model))

@@ -15,7 +15,6 @@ from .observers import OBSERVERS, Observer
 from .prepare import check_model, prepare_qat
 from .roles import Role, pretrained_models
 
-
 # Rounding outputs, too, is for models that were trained to bear it: all-MiniLM-L6-v2, only calibrated, loses 0.037 of
 # its 0.820 Spearman on STS-B with it, and 0.007 without.
 CALIBRATED = Q8BertConfig.uniform(requantize_output=False)

@@ -70,6 +70,9 @@ class OpSettings:
             raise ValueError(f"{where}: {error}") from None
 
 
+PAPER_SETTINGS = OpSettings()
+
+
 @dataclass(frozen=True)
 class Q8BertConfig:
     """Settings of Q8BERT for a model, keyed as in NLP Architect's JSON; None leaves an operation as it is.
@@ -82,17 +85,17 @@ class Q8BertConfig:
     Source: Zafrir et al. 2019, Q8BERT, arXiv 1910.06188.
     """
 
-    attention_query: OpSettings | None = OpSettings()
-    attention_key: OpSettings | None = OpSettings()
-    attention_value: OpSettings | None = OpSettings()
-    attention_output: OpSettings | None = OpSettings()
-    ffn_intermediate: OpSettings | None = OpSettings()
-    ffn_output: OpSettings | None = OpSettings()
-    pooler: OpSettings | None = OpSettings()
-    head: OpSettings | None = OpSettings()
-    word_embeddings: OpSettings | None = OpSettings()
-    position_embeddings: OpSettings | None = OpSettings()
-    token_type_embeddings: OpSettings | None = OpSettings()
+    attention_query: OpSettings | None = PAPER_SETTINGS
+    attention_key: OpSettings | None = PAPER_SETTINGS
+    attention_value: OpSettings | None = PAPER_SETTINGS
+    attention_output: OpSettings | None = PAPER_SETTINGS
+    ffn_intermediate: OpSettings | None = PAPER_SETTINGS
+    ffn_output: OpSettings | None = PAPER_SETTINGS
+    pooler: OpSettings | None = PAPER_SETTINGS
+    head: OpSettings | None = PAPER_SETTINGS
+    word_embeddings: OpSettings | None = PAPER_SETTINGS
+    position_embeddings: OpSettings | None = PAPER_SETTINGS
+    token_type_embeddings: OpSettings | None = PAPER_SETTINGS
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -157,6 +160,8 @@ class Q8BertConfig:
 
 OPS = tuple(field.name for field in fields(Q8BertConfig) if field.name != "version")
 EMBEDDINGS = tuple(op for op in OPS if op.endswith("_embeddings"))
+# The paper's model: all of it, with requantized outputs.
+PAPER = Q8BertConfig()
 
 
 def _settings(values: Any, op: str, defaults: Mapping[str, Any] | None = None) -> OpSettings | None:

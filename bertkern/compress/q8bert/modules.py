@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import OpSettings
+from .config import PAPER_SETTINGS, OpSettings
 from .fake_quant import fake_quantize, max_abs, quantize, scale_of
 
 BIAS_BITS = 32
@@ -119,13 +119,13 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        settings: OpSettings = OpSettings(),
+        settings: OpSettings = PAPER_SETTINGS,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._begin(settings)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, settings: OpSettings = OpSettings()) -> "FakeQuantLinear":
+    def from_linear(cls, linear: nn.Linear, settings: OpSettings = PAPER_SETTINGS) -> "FakeQuantLinear":
         """A new layer that shares the parameters of `linear`."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", settings=settings)
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -223,12 +223,12 @@ class FakeQuantEmbedding(_FakeQuant, nn.Embedding):
 
     plain = nn.Embedding
 
-    def __init__(self, *args: Any, settings: OpSettings = OpSettings(), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: OpSettings = PAPER_SETTINGS, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._begin(settings)
 
     @classmethod
-    def from_embedding(cls, table: nn.Embedding, settings: OpSettings = OpSettings()) -> "FakeQuantEmbedding":
+    def from_embedding(cls, table: nn.Embedding, settings: OpSettings = PAPER_SETTINGS) -> "FakeQuantEmbedding":
         """A new layer that shares the parameter of `table`."""
         layer = cls(
             table.num_embeddings,

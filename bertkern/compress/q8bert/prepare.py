@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from .config import EMBEDDINGS, Q8BertConfig
+from .config import EMBEDDINGS, PAPER, Q8BertConfig
 from .modules import FakeQuantEmbedding, FakeQuantLinear
 from .roles import Role, find_roles, pretrained_models
 
 
-def prepare_qat(model: nn.Module, config: Q8BertConfig = Q8BertConfig()) -> nn.Module:
+def prepare_qat(model: nn.Module, config: Q8BertConfig = PAPER) -> nn.Module:
     """Makes `model` train and evaluate as Q8BERT, in place, and returns it.
 
     Names, parameters, their ties and the module objects stay, so an optimizer made before goes on to work, and
