@@ -20,7 +20,8 @@ NONE, GELU, GELU_TANH, RELU, TANH, SILU = range(6)
 
 def sqnr(expected: Tensor, actual: Tensor) -> float:
     """Signal to quantization-noise ratio in dB; inf where the two are equal."""
-    expected, noise = expected.double(), expected.double() - actual.double()
+    expected = expected.detach().double()
+    noise = expected - actual.detach().double()
     return float(20 * torch.log10(expected.norm() / noise.norm())) if noise.norm() > 0 else math.inf
 
 

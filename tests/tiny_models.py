@@ -62,6 +62,11 @@ def tiny(class_name: str, seed: int = 0, **config) -> nn.Module:
     return model.eval()
 
 
+# Early transformers 5 builds this class without the pooler that its forward then reads.
+if tiny("XLMRobertaForMultipleChoice").base_model.pooler is None:
+    CLASSES.remove("XLMRobertaForMultipleChoice")
+
+
 def inputs(
     model: nn.Module, batch: int = 4, length: int = LENGTH, seed: int = 1, padding: bool = True
 ) -> dict[str, Tensor]:

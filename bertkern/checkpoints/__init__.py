@@ -17,6 +17,9 @@ FORMATS: tuple[CheckpointFormat, ...] = (nlp_architect.INT8, nlp_architect.TRAIN
 def load_checkpoint(path: str | Path, *, format: str | None = None, **options: Any) -> nn.Module:
     """The model in a checkpoint of another project, in evaluation mode.
 
+    Its layers run on the kernels one by one; `bertkern.accelerate(model)` then fuses the encoder, and makes
+    `save_pretrained` write it as a bertkern model.
+
     Args:
         path: a checkpoint's folder, or the file of weights in it.
         format: a name in `FORMATS`, where the files leave it open. None: the first format that recognises them.
@@ -29,7 +32,7 @@ def load_checkpoint(path: str | Path, *, format: str | None = None, **options: A
 
     Example::
 
-        model = load_checkpoint("mrpc-8bit/")
+        model = bertkern.accelerate(load_checkpoint("mrpc-8bit/"))
         model(**tokenizer("a sentence", "another", return_tensors="pt")).logits
     """
     path = Path(path)

@@ -118,21 +118,20 @@ def test_forms_of_data_agree(form):
 
 
 class Sentences(nn.Module):
-    """Tokenizes and takes its features as SentenceTransformer does."""
+    """Takes its features as SentenceTransformer does."""
 
     def __init__(self):
         super().__init__()
         self.auto_model = tiny("MPNetModel")
 
-    def tokenize(self, texts):
-        return inputs(self.auto_model, len(texts))
-
     def forward(self, features):
         return self.auto_model(**features)
 
 
-def test_a_model_that_tokenizes_by_itself():
+@pytest.mark.parametrize("method", ["tokenize", "preprocess"])
+def test_a_model_that_tokenizes_by_itself(method):
     model = Sentences()
+    setattr(model, method, lambda texts: inputs(model.auto_model, len(texts)))
     ranges = calibrate(model, ["one", "two", "three"], progress=False)
     assert "auto_model.encoder.layer.0.attention.attn.q" in ranges
 

@@ -50,8 +50,9 @@ def calibrate(
         config: what is quantized, and how. The default is the paper's without requantized outputs.
         tokenizer: a transformers tokenizer, for strings. A SentenceTransformer brings its own.
         observer: "absmax" (nothing is clipped), "percentile" (99.99 % of the values are inside), "ema" (Q8BERT's
-            moving average), or what makes an observer: `lambda: Percentile(99.9)`. Models whose layers have a few
-            large outliers gain by "percentile", but a percentage that cuts the outliers themselves ruins them: measure.
+            moving average), or what makes an observer: `lambda: Percentile(99.9)`. Where a few values are far out,
+            "percentile" gains; cutting off what the model lives on ruins it. all-MiniLM-L6-v2, 512 sentences of the
+            STS-B training set: 0.8131 (absmax), 0.8183 (99.99 %), 0.7868 (99.9 %) of 0.8203; dynamic 0.8187.
         batch_size: how many of a list of strings run at once.
         progress: show a progress bar.
 

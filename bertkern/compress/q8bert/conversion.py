@@ -36,7 +36,8 @@ def convert(model: nn.Module) -> nn.Module:
     and biases keep the rounding to 32 bits that the simulation gave them, so each layer is within one code of the
     simulated one. Mode "dynamic" becomes dynamic per token, without requantized outputs: the simulation takes the
     range of the whole batch instead, which is coarser and depends on the company a sequence stands in.
-    Layers of mode "none" become plain ones again. Tied tables and decoders share their codes.
+    Layers of mode "none" become plain ones again. Tied tables and decoders share their codes. The layers run on the
+    kernels one by one; `bertkern.accelerate(model)` then fuses the encoder.
 
     Args:
         model: trained after `prepare_qat`, calibrated by `calibrate`, or a single fake-quantized layer.
