@@ -229,6 +229,7 @@ def q8bert_linear(
 
     A range of 0 is taken from the live tensor (mode "dynamic").
     """
+    x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
     input_scale = 127 / (input_thresh or float(x.abs().max()))
     weight_scale = 127 / float(weight.abs().max())
     codes = (x.double() * input_scale).round().clamp(-127, 127)

@@ -31,7 +31,7 @@ class Batches:
             data = [list(data[start : start + batch_size]) for start in range(0, len(data), batch_size)]
         self._data = data
         self._tokenizer = tokenizer
-        # A SentenceTransformer tokenizes by itself (`tokenize` until its version 5), and takes features as one argument.
+        # A SentenceTransformer tokenizes by itself (by `tokenize` until version 5), takes features as one argument.
         self._tokenize = getattr(model, "preprocess", None) or getattr(model, "tokenize", None)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
