@@ -215,6 +215,11 @@ class FusedLayer(_FusedLayers):
 class FusedEncoder(_FusedLayers):
     """A mixin for encoders that keep their layers in `layer`; a family adds `forward`."""
 
+    def fuse(self) -> None:
+        if not all(isinstance(layer, FusedLayer) for layer in self.layer):
+            raise Unfit("its layers stay as they were")
+        super().fuse()
+
     def layers(self) -> list[nn.Module]:
         return list(self.layer)
 
