@@ -89,7 +89,6 @@ def attach(model: nn.Module, config: Int8Config | None = None) -> None:
         config: what it was made with; None: read from the modules. What stayed float against it goes into `skip`.
     """
     quantizer = BertkernQuantizer(BertkernConfig(**describe(model, config).to_dict()))
-    detach(model)
     for module in _pretrained(model):
         module.hf_quantizer = quantizer
         module.is_quantized = True
@@ -104,7 +103,7 @@ def attach(model: nn.Module, config: Int8Config | None = None) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Takes the marks of `attach` away."""
+    """Takes the marks of `attach` away from a model that is float again."""
     for module in _pretrained(model):
         for name in (
             "hf_quantizer",
@@ -231,7 +230,7 @@ def _check_headers(
     base = model.base_model_prefix + "."
     roots = plan.pretrained_roots(model)
     problems: list[str] = []
-    kept, scales = [], {}
+    kept, scales, ties = [], {}, dict(ties)
 
     def key(name: str, tensor: str) -> str:
         return f"{name}.{tensor}".removeprefix(base)
@@ -247,17 +246,15 @@ def _check_headers(
 
     for name in [*linears, *tables]:
         module = model.get_submodule(name)
-        if not any(key(name, tensor) in found for tensor in (*_LINEAR, "weight")):
-            if name in ties:
-                kept.append(name)
-                continue
-            # A head or pooler that the saved model did not have starts anew, as in every transformers model.
-            if plan.role(name, roots) != "body":
-                continue
-        ties = {target: source for target, source in ties.items() if target != name}
+        absent = not any(key(name, tensor) in found for tensor in (*_LINEAR, "weight"))
+        # A head or pooler that the saved model did not have starts anew, as in every transformers model.
+        if absent and name not in ties and plan.role(name, roots) != "body":
+            continue
         rows, columns = module.weight.shape
-        expect(name, "weight_codes", "torch.int8", [[rows, columns]], "[N, K]")
-        expect(name, "weight_scale", "torch.float32", [[rows], [1]], "[N]")
+        if name not in ties or key(name, "weight_codes") in found:
+            ties.pop(name, None)
+            expect(name, "weight_codes", "torch.int8", [[rows, columns]], "[N, K]")
+            expect(name, "weight_scale", "torch.float32", [[rows], [1]], "[N]")
         if name in linears:
             kept.append(name)
             for tensor, dtype in zip(_LINEAR[2:], ("torch.float32", "torch.int32", "torch.float32")):

@@ -58,9 +58,14 @@ def accelerate(model: nn.Module, sample: object = None, *, keep_padding: bool = 
             record.left.pop(choice.name, None)
         else:
             record.left[choice.name] = choice.reason
+    quantized = plan.int8_modules(model)
+    for module in quantized.values():
+        # Now, because torch.compile must find the packed weights when it traces.
+        if isinstance(module, Int8Linear) and module.weight_codes.device.type == "cpu":
+            module.packed()
     _fuse(model, record, keep_padding)
     setattr(model, RECORD, record)
-    if plan.int8_modules(model):
+    if quantized:
         _mark_quantized(model, None)
     return model
 
@@ -210,10 +215,16 @@ def _tables(model: nn.Module, config: Int8Config) -> dict[str, nn.Embedding]:
 
 
 def _family_modules(root: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
+    """The modules of `root` that have a fused class, fused or not: name, module and that class."""
     from .families import classes_of
 
     classes = classes_of(getattr(root.config, "model_type", "") or "")
-    return [(name, module, classes[type(module)]) for name, module in root.named_modules() if type(module) in classes]
+    fused = set(classes.values())
+    return [
+        (name, module, classes.get(type(module), type(module)))
+        for name, module in root.named_modules()
+        if type(module) in classes or type(module) in fused
+    ]
 
 
 def _fuse(model: nn.Module, record: Record, keep_padding: bool) -> None:
@@ -223,13 +234,12 @@ def _fuse(model: nn.Module, record: Record, keep_padding: bool) -> None:
         found = sorted(_family_modules(root), key=lambda item: -item[0].count("."))
         for name, module, fused_class in found:
             path = ".".join(part for part in (prefix, name) if part)
-            plain_class = type(module)
             module.__class__ = fused_class
             try:
                 module.fuse()
             except (Unfit, AttributeError) as reason:
                 module.unfuse()
-                module.__class__ = plain_class
+                module.__class__ = fused_class.unfused()
                 record.left[path] = str(reason)
                 continue
             record.left.pop(path, None)

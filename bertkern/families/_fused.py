@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..nn.encoder import LayerParts, Stack, Unfit, key_mask, usable
 from ..nn.int8 import Int8Embedding
+from ..nn.linear import PackedLinear
 from ..nn.packing import plain, plain_path, with_gradient
 from . import _attention, _capture  # noqa: F401  (registers attn_implementation="bertkern")
 
@@ -49,6 +50,11 @@ class Fused:
             counts[reason] = counts.get(reason, 0) + 1
 
 
+def _after_load(module: "_FusedLayers", incompatible: Any) -> None:
+    # Now, because compiled code does not look whether its inputs are current.
+    module.refuse()
+
+
 class _FusedLayers(Fused):
     """What encoder and layer share: the operator over some layers."""
 
@@ -69,12 +75,20 @@ class _FusedLayers(Fused):
     def fuse(self) -> None:
         layers = self.layers()
         self._stack = Stack(layers, [layer.parts() for layer in layers], self.watched())
+        if _after_load not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_after_load)
+
+    def unfuse(self) -> None:
+        super().unfuse()
+        for key, hook in list(self._load_state_dict_post_hooks.items()):
+            if hook is _after_load:
+                del self._load_state_dict_post_hooks[key]
 
     def refuse(self) -> None:
         """Fuses anew after a change; modules that no longer fit take the plain path."""
         try:
             self.fuse()
-        except (Unfit, AttributeError):
+        except (Unfit, AttributeError, RuntimeError):
             self._stack = None
 
     def fused(
@@ -151,7 +165,9 @@ class _FusedLayers(Fused):
             parameters = stack.parameters() + ([bias] if bias is not None and bias.requires_grad else [])
             if x.requires_grad or parameters:
                 dropped = None if keep else keys
-                y = with_gradient(run, lambda h: self._plain(h, mask, bias, dropped, every), x, parameters)
+                y = with_gradient(
+                    run, lambda h: self._plain(h, mask, bias, dropped, every), self.stale, x, parameters
+                )
         if y is None:
             y = run(x)
         if collects:
@@ -177,6 +193,23 @@ class _FusedLayers(Fused):
             self.fuse()
             stack = self._stack
         return stack
+
+    def stale(self) -> None:
+        """Forgets what was made of parameters that may change unseen; see PackedCache."""
+        for module in self.modules():
+            if isinstance(module, _FusedLayers):
+                module._stack = None
+            elif isinstance(module, PackedLinear):
+                module.stale()
+
+    def train(self, mode: bool = True):
+        before = self.training
+        super().train(mode)
+        if mode:
+            self._stack = None
+        elif before:
+            self.refuse()
+        return self
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_stack"}
@@ -303,7 +336,7 @@ class FusedEmbeddings(Fused):
         parameters = [tensor for tensor in (*tables, weight, bias) if tensor.requires_grad]
         if not parameters or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return run()
-        return with_gradient(run, lambda _: unfused(), weight.new_empty(0), parameters)
+        return with_gradient(run, lambda _: unfused(), lambda: None, weight.new_empty(0), parameters)
 
     def zeros(self, like: Tensor) -> Tensor:
         """Token types when none are given."""

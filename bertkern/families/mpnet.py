@@ -51,6 +51,14 @@ class MPNetEncoder(FusedEncoder, modeling_mpnet.MPNetEncoder):
         super().unfuse()
         self.__dict__.pop("_bias", None)
 
+    def stale(self) -> None:
+        super().stale()
+        self._bias = None
+
+    def train(self, mode: bool = True):
+        self._bias = None
+        return super().train(mode)
+
     def bias(self, x: Tensor) -> Tensor:
         """The position bias fp32 [1, heads, L, L], the same for every sequence."""
         table = self.relative_attention_bias.weight

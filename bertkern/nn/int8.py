@@ -213,6 +213,7 @@ class Int8Linear(PackedCache, _Int8Weight):
             )
         for name in ("weight_codes", "weight_scale"):
             self.register_buffer(name, getattr(table, name), persistent=False)
+        self.stale()
 
     def dequantize(self) -> nn.Linear:
         """The nearest fp32 nn.Linear."""
@@ -248,7 +249,7 @@ class Int8Linear(PackedCache, _Int8Weight):
             return self._plain(x)
         packed = self.packed()
         if needs_grad(x) and not torch.compiler.is_compiling():
-            return with_gradient(lambda y: _linear(y, packed, self.out_features), self._plain, x, ())
+            return with_gradient(lambda y: _linear(y, packed, self.out_features), self._plain, self.stale, x, ())
         return _linear(x, packed, self.out_features)
 
     def __setstate__(self, state: dict) -> None:

@@ -31,7 +31,8 @@ class PackedLinear(PackedCache, nn.Linear):
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.in_features, made.out_features = linear.in_features, linear.out_features
-        made.weight, made.bias = linear.weight, linear.bias
+        made.register_parameter("weight", linear.weight)
+        made.register_parameter("bias", linear.bias)
         return made.train(linear.training)
 
     def _sources(self) -> tuple[Tensor | None, ...]:
@@ -53,9 +54,22 @@ class PackedLinear(PackedCache, nn.Linear):
         if needs_grad(x, weight, bias) and not torch.compiler.is_compiling():
             parameters = [tensor for tensor in (weight, bias) if tensor is not None]
             return with_gradient(
-                lambda y: _linear(y, packed, self.out_features), lambda y: F.linear(y, weight, bias), x, parameters
+                lambda y: _linear(y, packed, self.out_features),
+                lambda y: F.linear(y, weight, bias),
+                self.stale,
+                x,
+                parameters,
             )
         return _linear(x, packed, self.out_features)
+
+    def train(self, mode: bool = True) -> "PackedLinear":
+        before = self.training
+        super().train(mode)
+        if mode:
+            self.stale()
+        elif before:
+            self._repack()
+        return self
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

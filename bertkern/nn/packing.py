@@ -55,8 +55,10 @@ class _Copy(NamedTuple):
 class PackedCache:
     """A mixin: `packed()` returns a copy of the weights laid out for the kernels, remade whenever they change.
 
-    In-place changes are seen by the version counters of the tensors, exchanges by attribute access. Writing through
-    `tensor.data` is invisible, as it is to autograd. The copy belongs to this machine: it is never saved or pickled.
+    In-place changes are seen by the version counters of the tensors, exchanges by attribute access. Fused optimizers
+    do not count what they change, so layers with parameters also drop the copy in training mode and after a backward
+    pass. Writing through `tensor.data` is invisible, as it is to autograd. The copy belongs to this machine: it is
+    never saved or pickled.
     """
 
     _packed: _Copy | None = None
@@ -89,6 +91,11 @@ class PackedCache:
         Epoch.now += 1
         return packed
 
+    def stale(self) -> None:
+        """Forgets the packed copy; the next call makes it anew."""
+        self.__dict__.pop("_packed", None)
+        Epoch.now += 1
+
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             Epoch.now += 1
@@ -99,10 +106,14 @@ class PackedCache:
 
     def _repack(self) -> None:
         # Right away, not at the next call: torch.compile must find the copy when it traces.
-        self.__dict__.pop("_packed", None)
-        Epoch.now += 1
+        self.stale()
         if all(tensor.device.type == "cpu" for tensor in self.sources()):
             self.packed()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._packed is not None:
+            self._repack()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         had = self._packed is not None
@@ -122,34 +133,40 @@ class _Recompute(torch.autograd.Function):
     """Forward by the fused operators; backward computes the plain path again and differentiates that."""
 
     @staticmethod
-    def forward(ctx, fused: Callable, unfused: Callable, *tensors: Tensor):
-        ctx.unfused = unfused
+    def forward(ctx, fused: Callable, unfused: Callable, stale: Callable, *tensors: Tensor):
+        ctx.unfused, ctx.stale = unfused, stale
         ctx.save_for_backward(*tensors)
         return fused(*tensors)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         tensors = ctx.saved_tensors
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
         with torch.enable_grad(), plain_path():
             # Parameters stay themselves: the plain path reads them from its modules. The input becomes a leaf.
-            first = tensors[0].detach().requires_grad_(ctx.needs_input_grad[2])
+            first = tensors[0].detach().requires_grad_(ctx.needs_input_grad[3])
             outputs = ctx.unfused(first, *tensors[1:])
             leaves = [first if i == 0 else tensors[i] for i in wanted]
             outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
             followed = [(o, g) for o, g in zip(outputs, grads) if o.requires_grad]
             found = torch.autograd.grad([o for o, _ in followed], leaves, [g for _, g in followed], allow_unused=True)
+        if wanted != [0]:
+            # Whoever asks for gradients of parameters is about to change them.
+            ctx.stale()
         result: list[Tensor | None] = [None] * len(tensors)
         for i, grad in zip(wanted, found):
             result[i] = grad
-        return None, None, *result
+        return None, None, None, *result
 
 
-def with_gradient(fused: Callable, unfused: Callable, x: Tensor, parameters: Sequence[Tensor]) -> Any:
+def with_gradient(
+    fused: Callable, unfused: Callable, stale: Callable, x: Tensor, parameters: Sequence[Tensor]
+) -> Any:
     """`fused(x)` now, and in a backward pass the gradients of `unfused(x)` for `x` and `parameters`.
 
     Args:
         fused, unfused: functions of one tensor, the same but for rounding.
+        stale: called after a backward pass that gave gradients to `parameters`.
         parameters: what `unfused` also depends on.
     """
-    return _Recompute.apply(lambda first, *_: fused(first), lambda first, *_: unfused(first), x, *parameters)
+    return _Recompute.apply(lambda first, *_: fused(first), lambda first, *_: unfused(first), stale, x, *parameters)
