@@ -17,7 +17,7 @@ class Int8Config:
         activation_unsigned: static ranges as uint8 with a zero point instead of int8.
         embeddings: whether word, position and token-type tables become int8.
         pooler: whether the pooler becomes int8.
-        head: whether the task head, and whatever else stands outside the encoder, becomes int8.
+        head: whether the task head becomes int8.
         skip: names of modules to leave as they are: exact, a suffix after a dot, or with the wildcards of fnmatch;
             everything below a named module is skipped, too.
         keep_original: whether the float modules are kept, so that `restore` can undo the change exactly.

@@ -46,7 +46,7 @@ def pretrained_roots(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def role(name: str, roots: dict[str, nn.Module]) -> str:
-    """ "body", "pooler" or "head": where in a transformers model the module `name` stands."""
+    """Where the module `name` stands: "body", "pooler" or "head" of a transformers model, or "outside" of all there are."""
     for prefix, root in roots.items():
         if prefix and not name.startswith(prefix + "."):
             continue
@@ -59,7 +59,7 @@ def role(name: str, roots: dict[str, nn.Module]) -> str:
         else:
             return "head"
         return "pooler" if "pooler" in inner.split(".") else "body"
-    return "head" if roots else "body"
+    return "outside" if roots else "body"
 
 
 def skipped(name: str, patterns: tuple[str, ...], roots: dict[str, nn.Module]) -> bool:
@@ -106,6 +106,9 @@ def _not_int8(name: str, module: nn.Linear, config: Int8Config, roots: dict[str,
     kind = role(name, roots)
     if (kind == "pooler" and not config.pooler) or (kind == "head" and not config.head):
         return f"the config leaves the {kind}"
+    if kind == "outside":
+        # Such as the Dense of a SentenceTransformer, which its own file format has to load.
+        return "it stands outside the transformers model"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks"
     return ""

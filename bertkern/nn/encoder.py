@@ -86,7 +86,7 @@ class Stack:
         self._norm_dicts, self._norm_names = norm_dicts, ["weight", "bias"] * len(norms)
         self._norm_tensors = [tensor for pair in tensors for tensor in pair]
         self._norm_ids = list(map(id, self._norm_tensors))
-        self._tensors = [tensor for leaf in linears for tensor in leaf.sources()] + self._norm_tensors
+        self._tensors = [tensor for leaf in linears for tensor in leaf.weights()] + self._norm_tensors
         counted = not any(tensor.is_inference() for tensor in self._tensors)
         self._version_of = attrgetter("_version") if counted else version
         self._versions = list(map(self._version_of, self._tensors))

@@ -64,14 +64,15 @@ class PackedCache:
     _packed: _Copy | None = None
 
     def _sources(self) -> tuple[Tensor | None, ...]:
+        # The weight, what scales it and the bias come first, in the first three places.
         raise NotImplementedError
 
     def _pack(self) -> Tensor:
         raise NotImplementedError
 
-    def sources(self) -> list[Tensor]:
-        """The tensors that the packed copy depends on."""
-        return [tensor for tensor in self._sources() if tensor is not None]
+    def weights(self) -> list[Tensor]:
+        """The tensors of the packed copy that code may well change in place: weight, scale and bias."""
+        return [tensor for tensor in self._sources()[:3] if tensor is not None]
 
     def packed(self) -> Tensor:
         """The packed weights: a uint8 tensor for bertkern.ops.linear and bertkern.ops.encoder."""
@@ -107,7 +108,7 @@ class PackedCache:
     def _repack(self) -> None:
         # Right away, not at the next call: torch.compile must find the copy when it traces.
         self.stale()
-        if all(tensor.device.type == "cpu" for tensor in self.sources()):
+        if all(tensor.device.type == "cpu" for tensor in self.weights()):
             self.packed()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
