@@ -1,8 +1,8 @@
 """bertkern: pruned and quantized BERT models, really fast.
 
-    import bertkern as bk
-    bk.quantize_(model, bk.Int8Config())
-    print(bk.report(model))
+import bertkern as bk
+bk.quantize_(model, bk.Int8Config())
+print(bk.report(model))
 """
 
 from importlib import import_module as _import_module

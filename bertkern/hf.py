@@ -130,7 +130,9 @@ def describe(model: nn.Module, config: Int8Config | None = None) -> Int8Config:
     layers = [module for module in quantized.values() if isinstance(module, Int8Linear)]
     if config is None:
         config = Int8Config(
-            weight="per_tensor" if all(module.weight_scale.numel() == 1 for module in quantized.values()) else "per_channel",
+            weight="per_tensor"
+            if all(module.weight_scale.numel() == 1 for module in quantized.values())
+            else "per_channel",
             activation="static" if any(float(layer.input_scale) for layer in layers) else "dynamic",
             activation_unsigned=any(int(layer.input_zero_point) for layer in layers),
             embeddings=any(isinstance(module, Int8Embedding) for module in quantized.values()),
@@ -214,7 +216,13 @@ def _headers(files: Iterable[str], base: str) -> dict[str, tuple[str, list[int]]
     return found
 
 
-_DTYPES = {"I8": "torch.int8", "F32": "torch.float32", "I32": "torch.int32", "BF16": "torch.bfloat16", "F16": "torch.float16"}
+_DTYPES = {
+    "I8": "torch.int8",
+    "F32": "torch.float32",
+    "I32": "torch.int32",
+    "BF16": "torch.bfloat16",
+    "F16": "torch.float16",
+}
 
 
 def _check_headers(
@@ -257,7 +265,7 @@ def _check_headers(
             expect(name, "weight_scale", "torch.float32", [[rows], [1]], "[N]")
         if name in linears:
             kept.append(name)
-            for tensor, dtype in zip(_LINEAR[2:], ("torch.float32", "torch.int32", "torch.float32")):
+            for tensor, dtype in zip(_LINEAR[2:], ("torch.float32", "torch.int32", "torch.float32"), strict=False):
                 expect(name, tensor, dtype, [[]], "[]")
             if module.bias is not None:
                 expect(name, "bias", "torch.float32", [[rows]], "[N]")

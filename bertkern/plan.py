@@ -46,7 +46,7 @@ def pretrained_roots(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def role(name: str, roots: dict[str, nn.Module]) -> str:
-    """Where the module `name` stands: "body", "pooler" or "head" of a transformers model, or "outside" of all there are."""
+    """Where the module `name` stands: in the "body", "pooler" or "head" of a transformers model, or "outside"."""
     for prefix, root in roots.items():
         if prefix and not name.startswith(prefix + "."):
             continue

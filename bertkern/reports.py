@@ -67,7 +67,14 @@ class Report:
 
     def __str__(self) -> str:
         counted = any(row.zeros is not None for row in self.rows)
-        head = ["module", "count", "shape", *(["zeros", "dead rows", "dead columns"] if counted else []), "runs as", "why"]
+        head = [
+            "module",
+            "count",
+            "shape",
+            *(["zeros", "dead rows", "dead columns"] if counted else []),
+            "runs as",
+            "why",
+        ]
         table = [head, *_grouped(self.rows, counted)]
         widths = [max(len(line[column]) for line in table) for column in range(len(head))]
         table.insert(1, ["-" * width for width in widths])

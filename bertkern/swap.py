@@ -153,9 +153,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
-def exchange(
-    model: nn.Module, config: Int8Config, linears: list[str], tables: list[str], ties: dict[str, str]
-) -> None:
+def exchange(model: nn.Module, config: Int8Config, linears: list[str], tables: list[str], ties: dict[str, str]) -> None:
     """Puts int8 modules in the place of the named ones; also on the meta device, for weights that are yet to come.
 
     Args:

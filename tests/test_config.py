@@ -21,7 +21,7 @@ def test_json_both_ways():
         ({"version": "1"}, "expected version 1. Got '1'"),
         ({"version": 2, "bits": 4}, "expected version 1. Got 2"),
         ({"bits": 4}, "Got \\['bits'\\]"),
-        ({"kind": "int4"}, 'expected kind "int8". Got \'int4\''),
+        ({"kind": "int4"}, "expected kind \"int8\". Got 'int4'"),
         ({"weight": "per_group"}, "expected weight to be one of"),
         ({"activation": None}, "expected activation to be one of"),
         ({"embeddings": 1}, "expected embeddings to be one of"),

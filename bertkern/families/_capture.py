@@ -26,7 +26,7 @@ def is_capture(hook: Any) -> bool:
 
 def collect(layers: Sequence[nn.Module], x: Tensor, outputs: Sequence[Tensor]) -> None:
     """Gives the hooks on `layers` what they would have seen: layer i turns outputs[i - 1], or x, into outputs[i]."""
-    for layer, before, after in zip(layers, [x, *outputs], outputs):
+    for layer, before, after in zip(layers, [x, *outputs], outputs, strict=False):
         for hook in layer._forward_hooks.values():
             if is_capture(hook):
                 hook(layer, (before,), after)

@@ -165,9 +165,7 @@ class _FusedLayers(Fused):
             parameters = stack.parameters() + ([bias] if bias is not None and bias.requires_grad else [])
             if x.requires_grad or parameters:
                 dropped = None if keep else keys
-                y = with_gradient(
-                    run, lambda h: self._plain(h, mask, bias, dropped, every), self.stale, x, parameters
-                )
+                y = with_gradient(run, lambda h: self._plain(h, mask, bias, dropped, every), self.stale, x, parameters)
         if y is None:
             y = run(x)
         if collects:
@@ -178,9 +176,7 @@ class _FusedLayers(Fused):
         """Whether hidden states inside this module are collected by hooks that the operator passes over."""
         return False
 
-    def _plain(
-        self, x: Tensor, mask: Tensor | None, bias: Tensor | None, keys: Tensor | None, states: bool
-    ) -> Tensor:
+    def _plain(self, x: Tensor, mask: Tensor | None, bias: Tensor | None, keys: Tensor | None, states: bool) -> Tensor:
         """What the operator returns, as autograd can follow it; `keys` is None where padding is kept."""
         outputs = self.unfused_layers(x, mask, bias)
         if keys is not None:

@@ -156,7 +156,11 @@ def key_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     if torch.compiler.is_compiling():
         raise Unfit("a 4-D mask while tracing")
     first = mask[:, 0, 0]
-    if mask.shape[2] > 1 and mask.stride(2) != 0 and not torch.equal(mask[:, 0], first[:, None].expand(mask[:, 0].shape)):
+    if (
+        mask.shape[2] > 1
+        and mask.stride(2) != 0
+        and not torch.equal(mask[:, 0], first[:, None].expand(mask[:, 0].shape))
+    ):
         raise Unfit("a mask that differs from query to query")
     if mask.dtype != torch.bool:
         if not mask.is_floating_point():

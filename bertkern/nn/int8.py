@@ -14,8 +14,8 @@ from .linear import FLOATS
 from .packing import PackedCache, needs_grad, plain, with_gradient
 
 _linear = torch.ops.bertkern.linear.default
-# Rows of a table that are converted at a time: a few megabytes beside the table.
-ROW_BLOCK = 1024
+# Rows that are converted at a time: a few megabytes beside the weight.
+ROW_BLOCK = 512
 
 
 def finite(tensor: Tensor) -> bool:
@@ -137,9 +137,7 @@ class Int8Linear(PackedCache, _Int8Weight):
         self.out_features, self.in_features = weight_codes.shape
         device = weight_codes.device
         if bias is not None and list(bias.shape) != [self.out_features]:
-            raise ValueError(
-                f"Int8Linear: expected bias of shape [N] = [{self.out_features}]. Got {list(bias.shape)}."
-            )
+            raise ValueError(f"Int8Linear: expected bias of shape [N] = [{self.out_features}]. Got {list(bias.shape)}.")
         self.register_buffer("bias", None if bias is None else bias.detach().to(torch.float32))
         for name, value, dtype in (
             ("input_scale", input_scale, torch.float32),
@@ -161,15 +159,7 @@ class Int8Linear(PackedCache, _Int8Weight):
         """
         config = config or Int8Config()
         weight = linear.weight.detach()
-        if weight.device.type == "meta":
-            scales = 1 if config.weight == "per_tensor" else weight.shape[0]
-            codes = torch.empty(weight.shape, dtype=torch.int8, device="meta")
-            scale = torch.empty(scales, dtype=torch.float32, device="meta")
-        else:
-            if not finite(weight):
-                raise ValueError("Int8Linear: expected a finite weight. Got Inf or NaN.")
-            quantized = quantize_weight(weight, per_channel=config.weight == "per_channel")
-            codes, scale = quantized.codes, quantized.scale
+        codes, scale = _quantized("Int8Linear", weight, config.weight == "per_channel")
         bias = linear.bias
         made = cls(codes, scale, None if bias is None else bias.detach().to(torch.float32, copy=True))
         made.original = (linear,) if config.keep_original else None
@@ -300,20 +290,8 @@ class Int8Embedding(_Int8Weight):
     def from_embedding(cls, embedding: nn.Embedding, config: Int8Config | None = None) -> "Int8Embedding":
         """The int8 form of `embedding`, made in blocks of rows so that little memory is needed beside it."""
         config = config or Int8Config()
-        weight, per_row = embedding.weight.detach(), config.weight == "per_channel"
-        rows = weight.shape[0]
-        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        scale = torch.empty(rows if per_row else 1, dtype=torch.float32, device=weight.device)
-        if weight.device.type != "meta":
-            blocks = [slice(start, start + ROW_BLOCK) for start in range(0, rows, ROW_BLOCK)]
-            if not finite(weight):
-                raise ValueError("Int8Embedding: expected a finite weight. Got Inf or NaN.")
-            if per_row:
-                for block in blocks:
-                    quantized = quantize_weight(weight[block])
-                    codes[block], scale[block] = quantized.codes, quantized.scale
-            else:
-                _per_tensor_codes(weight, blocks, codes, scale)
+        weight = embedding.weight.detach()
+        codes, scale = _quantized("Int8Embedding", weight, config.weight == "per_channel")
         made = cls(codes, scale, embedding.padding_idx, weight.dtype)
         made.original = (embedding,) if config.keep_original else None
         return made.train(embedding.training)
@@ -343,11 +321,24 @@ class Int8Embedding(_Int8Weight):
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
 
 
-def _per_tensor_codes(weight: Tensor, blocks: list[slice], codes: Tensor, scale: Tensor) -> None:
-    """One scale for all blocks: the largest magnitude first, then every block beside a row that holds it."""
-    largest = max((float(weight[block].abs().max()) for block in blocks if weight[block].numel()), default=0.0)
-    for block in blocks:
+def _quantized(owner: str, weight: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `weight`, in blocks of rows; on the meta device their shapes only."""
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(rows if per_row else 1, dtype=torch.float32, device=weight.device)
+    if weight.device.type == "meta":
+        return codes, scale
+    if not finite(weight):
+        raise ValueError(f"{owner}: expected a finite weight. Got Inf or NaN.")
+    largest = 0.0 if per_row or not weight.numel() else max(map(abs, map(float, torch.aminmax(weight))))
+    for start in range(0, rows, ROW_BLOCK):
+        block = slice(start, start + ROW_BLOCK)
         part = weight[block].to(torch.float32)
-        marked = torch.cat([part, part.new_full((1, part.shape[1]), largest)])
-        quantized = quantize_weight(marked, per_channel=False)
-        codes[block], scale[:] = quantized.codes[:-1], quantized.scale
+        if per_row:
+            quantized = quantize_weight(part)
+            codes[block], scale[block] = quantized.codes, quantized.scale
+        else:
+            # A row of the largest magnitude of all gives every block the scale of the whole.
+            quantized = quantize_weight(torch.cat([part, part.new_full((1, columns), largest)]), per_channel=False)
+            codes[block], scale[:] = quantized.codes[:-1], quantized.scale
+    return codes, scale

@@ -83,9 +83,9 @@ class PackedCache:
         present = [tensor for tensor in sources if tensor is not None]
         versions = [version(tensor) for tensor in present]
         pointers = [tensor.data_ptr() for tensor in present]
-        if copy is not None and (versions, pointers) == (copy.versions, copy.pointers):
-            if all(new is old for new, old in zip(sources, copy.sources)):
-                return copy.packed
+        same = copy is not None and (versions, pointers) == (copy.versions, copy.pointers)
+        if same and list(map(id, sources)) == list(map(id, copy.sources)):
+            return copy.packed
         with torch.no_grad():
             packed = self._pack()
         self.__dict__["_packed"] = _Copy(sources, versions, pointers, packed)
@@ -149,20 +149,18 @@ class _Recompute(torch.autograd.Function):
             outputs = ctx.unfused(first, *tensors[1:])
             leaves = [first if i == 0 else tensors[i] for i in wanted]
             outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-            followed = [(o, g) for o, g in zip(outputs, grads) if o.requires_grad]
+            followed = [(o, g) for o, g in zip(outputs, grads, strict=False) if o.requires_grad]
             found = torch.autograd.grad([o for o, _ in followed], leaves, [g for _, g in followed], allow_unused=True)
         if wanted != [0]:
             # Whoever asks for gradients of parameters is about to change them.
             ctx.stale()
         result: list[Tensor | None] = [None] * len(tensors)
-        for i, grad in zip(wanted, found):
+        for i, grad in zip(wanted, found, strict=False):
             result[i] = grad
         return None, None, None, *result
 
 
-def with_gradient(
-    fused: Callable, unfused: Callable, stale: Callable, x: Tensor, parameters: Sequence[Tensor]
-) -> Any:
+def with_gradient(fused: Callable, unfused: Callable, stale: Callable, x: Tensor, parameters: Sequence[Tensor]) -> Any:
     """`fused(x)` now, and in a backward pass the gradients of `unfused(x)` for `x` and `parameters`.
 
     Args:

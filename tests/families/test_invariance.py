@@ -18,7 +18,14 @@ def threads():
 
 
 @pytest.mark.parametrize("swap", [bk.accelerate, bk.quantize_])
-@pytest.mark.parametrize("name", [f"{family}{head}" for family in FAMILIES for head in ("Model", "ForSequenceClassification", "ForTokenClassification")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{family}{head}"
+        for family in FAMILIES
+        for head in ("Model", "ForSequenceClassification", "ForTokenClassification")
+    ],
+)
 def test_bits_do_not_depend_on_company(name, swap, threads):
     model = swap(make(name))
     ids = inputs(model, batch=len(LENGTHS), length=16)["input_ids"]
@@ -43,7 +50,11 @@ def test_bits_do_not_depend_on_company(name, swap, threads):
                 keep(index, model(input_ids=alone, attention_mask=torch.ones_like(alone)), 0)
                 keep(index, model(input_ids=alone), 0)
                 padded = slice(0, length + 3)
-                keep(index, model(input_ids=ids[index : index + 1, padded], attention_mask=mask[index : index + 1, padded]), 0)
+                keep(
+                    index,
+                    model(input_ids=ids[index : index + 1, padded], attention_mask=mask[index : index + 1, padded]),
+                    0,
+                )
             pair = model(input_ids=ids[[5, 1], :11], attention_mask=mask[[5, 1], :11])
             keep(5, pair, 0)
             keep(1, pair, 1)

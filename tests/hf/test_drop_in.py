@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import transformers
+from transformers.models.mpnet import modeling_mpnet
 
 import bertkern as bk
 from tests.families.zoo import FAMILIES, inputs, make, padded
@@ -12,7 +13,11 @@ from tests.families.zoo import FAMILIES, inputs, make, padded
 SWAPS = [bk.accelerate, bk.quantize_]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Older releases of transformers give MPNet a mask of four dimensions, which cannot be judged while tracing.
+TRACED = [family for family in FAMILIES if family != "MPNet" or hasattr(modeling_mpnet, "create_bidirectional_mask")]
+
+
+@pytest.mark.parametrize("family", TRACED)
 @pytest.mark.parametrize("swap", SWAPS)
 def test_compile(family, swap):
     torch._dynamo.reset()
@@ -41,14 +46,14 @@ def test_compile_before_any_call_and_after_a_load():
         assert torch.equal(second, model(**call).last_hidden_state)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRACED)
 @pytest.mark.parametrize("swap", SWAPS)
 def test_export(family, swap):
     model = swap(make(family + "Model"))
     call = padded(model, "trailing")
     sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=32)}
     with torch.no_grad():
-        program = torch.export.export(model, (), call, dynamic_shapes={key: sizes for key in call})
+        program = torch.export.export(model, (), call, dynamic_shapes=dict.fromkeys(call, sizes))
         assert str(program.graph).count("bertkern.encoder") == 1
         other = inputs(model, 2, 7)
         got = program.module()(**other)
@@ -94,7 +99,7 @@ def test_many_threads_call_one_model(swap):
         with torch.no_grad():
             wrong.extend(1 for _ in range(5) if not torch.equal(model(**call).logits, logits))
 
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(calls, expected)]
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(calls, expected, strict=False)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -143,7 +148,8 @@ def test_sentence_transformers(swap, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a quick brown fox jumps over the lazy dog".split()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += ["a", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(
@@ -152,9 +158,12 @@ def test_sentence_transformers(swap, tmp_path):
     fast.save_pretrained(tmp_path / "bert")
     make("BertModel", pad_token_id=0).save_pretrained(tmp_path / "bert")
     import sentence_transformers.models as modules
+
     transformer = modules.Transformer(str(tmp_path / "bert"), max_seq_length=16)
     pooling = modules.Pooling(52)
-    model = sentence_transformers.SentenceTransformer(modules=[transformer, pooling, modules.Dense(52, 13)], device="cpu")
+    model = sentence_transformers.SentenceTransformer(
+        modules=[transformer, pooling, modules.Dense(52, 13)], device="cpu"
+    )
     sentences = ["a quick brown fox", "the lazy dog", "the quick dog jumps over the lazy brown fox"]
     expected = torch.from_numpy(model.encode(sentences))
     swap(model)

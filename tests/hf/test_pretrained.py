@@ -1,6 +1,7 @@
 """save_pretrained and from_pretrained of int8 models: the same bits, and clear errors for what does not fit."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import bertkern as bk
-from tests.families.zoo import FAMILIES, MODELS, inputs, make, padded, tensors
+from bertkern.nn import Int8Linear
+from tests.families.zoo import FAMILIES, MODELS, answer, inputs, make, padded, tensors
 
 AUTO = {
     "ForMaskedLM": "AutoModelForMaskedLM",
@@ -31,8 +33,10 @@ def auto(name):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
 def test_the_same_bits(name, weight, tmp_path):
-    model = bk.quantize_(make(name), bk.Int8Config(weight=weight))
+    model = make(name)
     batch = padded(model, "trailing")
+    answer(model, **batch)
+    bk.quantize_(model, bk.Int8Config(weight=weight))
     model.save_pretrained(tmp_path)
     loaded, info = auto(name).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -145,6 +149,49 @@ def test_dequantize_by_transformers(tmp_path):
         assert torch.equal(model(**batch).logits, loaded(**batch).logits)
 
 
+def test_static_layers_from_elsewhere(tmp_path):
+    model = make("BertForSequenceClassification")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "classifier":
+            form = Int8Linear.from_linear(module, bk.Int8Config(weight="per_tensor"))
+            layer = Int8Linear.from_codes(
+                form.weight_codes, form.weight_scale, form.bias, input_scale=0.05, output_scale=0.04
+            )
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+    bk.accelerate(model.eval())
+    batch = inputs(model)
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert record["weight"] == "per_tensor" and record["activation"] == "static" and not record["embeddings"]
+    assert record["skip"] == ["classifier"] and record["quant_method"] == "bertkern" and record["version"] == 1
+    loaded, info = auto("BertForSequenceClassification").from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, loaded(**batch).logits)
+    assert float(loaded.bert.pooler.dense.output_scale) == pytest.approx(0.04)
+    assert not bk.report(loaded).fallbacks
+
+
+def test_pickled_checkpoints_are_read_without_running_them(tmp_path):
+    model = bk.quantize_(make("BertModel"))
+    batch = inputs(model)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).last_hidden_state, loaded(**batch).last_hidden_state)
+
+    class Trap:
+        def __reduce__(self):
+            return exec, ("raise SystemExit('ran')",)
+
+    torch.save({**model.state_dict(), "trap": Trap()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights only"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
 def test_a_fresh_process_that_imports_bertkern_first(tmp_path):
     model = bk.quantize_(make("BertModel"))
     model.save_pretrained(tmp_path)
@@ -224,7 +271,7 @@ def test_a_truncated_file(tmp_path):
     cls, path = saved(tmp_path)
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(Exception, match="[Ii]ncomplete|invalid|header|deserializ"):
+    with pytest.raises(Exception, match=r"[Ii]ncomplete|invalid|header|deserializ"):
         cls.from_pretrained(path)
 
 

@@ -88,7 +88,11 @@ def test_embedding(per):
     made = Int8Embedding.from_embedding(table, Int8Config(weight=per))
     whole = Int8Linear.from_linear(nn.Linear(12, 3001, bias=False), Int8Config(weight=per))
     ids = torch.randint(0, 3001, (4, 9))
-    largest = table.weight.detach().abs().amax() if per == "per_tensor" else table.weight.detach().abs().amax(1)[ids][..., None]
+    largest = (
+        table.weight.detach().abs().amax()
+        if per == "per_tensor"
+        else table.weight.detach().abs().amax(1)[ids][..., None]
+    )
     assert ((made(ids) - table(ids)).abs() <= largest / 254 * 1.001).all()
     assert torch.equal(made.dequantize()(ids), made(ids))
     assert made.dequantize().padding_idx == 1
@@ -120,7 +124,10 @@ def test_round_trip_of_the_state_dict():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: s.update(weight_codes=s["weight_codes"].float()), "expected int8 of shape .* = \\[7, 13\\]. Got torch.float32"),
+        (
+            lambda s: s.update(weight_codes=s["weight_codes"].float()),
+            "expected int8 of shape .* = \\[7, 13\\]. Got torch.float32",
+        ),
         (lambda s: s.update(weight_codes=s["weight_codes"][:, :12]), "Got torch.int8 of shape \\[7, 12\\]"),
         (lambda s: s["weight_codes"].fill_(-128), "Got -128"),
         (lambda s: s.update(weight_scale=s["weight_scale"][:3]), "expected float32 of shape .* = \\[7\\] or \\[1\\]"),
@@ -144,11 +151,23 @@ def test_inconsistent_state_dicts_are_refused(change, message):
     [
         (torch.ones(7, 13), torch.ones(7), None, {}, "weight_codes int8 of shape \\[N, K\\]. Got torch.float32"),
         (torch.ones(7, dtype=torch.int8), torch.ones(7), None, {}, "weight_codes int8"),
-        (torch.ones(7, 13, dtype=torch.int8), torch.ones(6), None, {}, "= \\[7\\] or \\[1\\]. Got torch.float32 of shape \\[6\\]"),
+        (
+            torch.ones(7, 13, dtype=torch.int8),
+            torch.ones(6),
+            None,
+            {},
+            "= \\[7\\] or \\[1\\]. Got torch.float32 of shape \\[6\\]",
+        ),
         (torch.ones(7, 13, dtype=torch.int8), torch.ones(7).half(), None, {}, "Got torch.float16"),
         (torch.ones(7, 13, dtype=torch.int8), torch.ones(7), torch.ones(6), {}, "bias of shape \\[N\\] = \\[7\\]"),
         (torch.ones(7, 13, dtype=torch.int8), torch.ones(7), None, {"input_scale": -1.0}, "finite input_scale"),
-        (torch.ones(7, 13, dtype=torch.int8), torch.ones(7), None, {"output_scale": float("nan")}, "finite output_scale"),
+        (
+            torch.ones(7, 13, dtype=torch.int8),
+            torch.ones(7),
+            None,
+            {"output_scale": float("nan")},
+            "finite output_scale",
+        ),
     ],
 )
 def test_constructors_refuse_what_does_not_fit(codes, scale, bias, options, message):
@@ -189,7 +208,7 @@ def test_many_threads():
             with torch.no_grad():
                 wrong.extend(1 for _ in range(20) if not torch.equal(layer(x), y))
 
-        workers = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected)]
+        workers = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=False)]
         for worker in workers:
             worker.start()
         for worker in workers:

@@ -46,7 +46,9 @@ def test_the_copy_follows_the_weight():
 
     def check():
         with torch.no_grad():
-            torch.testing.assert_close(packed(x), nn.functional.linear(x, packed.weight, packed.bias), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                packed(x), nn.functional.linear(x, packed.weight, packed.bias), atol=1e-5, rtol=1e-4
+            )
 
     check()
     optimizer = torch.optim.SGD(packed.parameters(), lr=0.1)
