@@ -4,6 +4,7 @@ importing it costs seconds that a user of the operators need not spend."""
 import importlib.abc
 import importlib.util
 import sys
+import warnings
 
 _REGISTRY = "transformers.quantizers.auto"
 
@@ -20,7 +21,11 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module):
             execute(module)
-            from . import hf  # noqa: F401
+            try:
+                from . import hf  # noqa: F401
+            except ImportError as error:
+                # Whoever imports an old transformers need not know bertkern.
+                warnings.warn(f"bertkern: int8 models cannot be loaded by this transformers: {error}", stacklevel=2)
 
         spec.loader.exec_module = execute_and_register
         return spec

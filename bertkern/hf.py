@@ -166,7 +166,7 @@ def build_skeleton(model: nn.Module, config: Int8Config, files: Iterable[str] | 
     ties = {name: source for name, source in tied.items() if name in linears}
     scales: dict[str, list[int]] = {}
     if files is not None:
-        linears, ties, scales = _check_headers(model, linears, tables, ties, _headers(files, model.base_model_prefix))
+        linears, ties, scales = _check_headers(model, linears, tables, ties, _headers(files, model))
     swap.exchange(model, config, linears, tables, ties)
     for name, shape in scales.items():
         module = model.get_submodule(name)
@@ -199,9 +199,19 @@ def _drop_ties(model: nn.Module) -> None:
             setattr(model, attribute, kept)
 
 
-def _headers(files: Iterable[str], base: str) -> dict[str, tuple[str, list[int]]]:
-    """Of every tensor in `files`: name without the prefix of the base model -> (dtype, shape)."""
+def _headers(files: Iterable[str], model: nn.Module) -> dict[str, tuple[str, list[int]]]:
+    """Of every tensor in `files`: its name in `model`, without the prefix of the base model -> (dtype, shape)."""
     from safetensors import safe_open
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    # Some architectures keep old names in their files.
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name.removeprefix(model.base_model_prefix + ".")
 
     found: dict[str, tuple[str, list[int]]] = {}
     for file in files:
@@ -209,10 +219,10 @@ def _headers(files: Iterable[str], base: str) -> dict[str, tuple[str, list[int]]
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a dict)
                     part = tensors.get_slice(name)
-                    found[name.removeprefix(base + ".")] = (_DTYPES.get(part.get_dtype(), ""), part.get_shape())
+                    found[renamed(name)] = (_DTYPES.get(part.get_dtype(), ""), part.get_shape())
         else:
             for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
-                found[name.removeprefix(base + ".")] = (str(tensor.dtype), list(tensor.shape))
+                found[renamed(name)] = (str(tensor.dtype), list(tensor.shape))
     return found
 
 

@@ -71,6 +71,10 @@ class Stack:
         self.eps = _common("LayerNorm eps", [_norm_eps(norm) for norm in norms])
         self.activation = _common("activation", [_activation(part.activation) for part in parts])
         self.heads = [_check_shapes(part) for part in parts]
+        for leaf in linears:
+            leaf.packed()
+        # Read before the tensors: a change by another thread from here on is then noticed.
+        self._epoch = Epoch.now
         self.linears = [leaf.packed() for leaf in linears]
         tensors = [(norm.weight, norm.bias) for norm in norms]
         with torch.no_grad():
@@ -90,7 +94,6 @@ class Stack:
         counted = not any(tensor.is_inference() for tensor in self._tensors)
         self._version_of = attrgetter("_version") if counted else version
         self._versions = list(map(self._version_of, self._tensors))
-        self._epoch = Epoch.now
         hooks = [hooks for module in watched for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._hooks = [*hooks, _global_forward_hooks, _global_forward_pre_hooks]
 

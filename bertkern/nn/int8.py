@@ -52,9 +52,9 @@ class _Int8Weight(nn.Module):
         return (self.weight_codes.to(torch.float32) * scale).to(dtype)
 
     @property
-    def per_tensor(self) -> bool:
-        """Whether one scale serves the whole weight."""
-        return self.weight_scale.numel() == 1 and self.weight_codes.shape[0] != 1
+    def weight(self) -> Tensor:
+        """The dequantized weight, made anew at every access, for code that reads a layer's weight. Not a parameter."""
+        return self.dequantized_weight()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         # Moves go through, casts do not: half-precision scales would change every weight.
