@@ -12,6 +12,8 @@ from ..nn.packing import plain, plain_path, with_gradient
 from . import _attention, _capture  # noqa: F401  (registers attn_implementation="bertkern")
 
 _embed = torch.ops.bertkern.embed.default
+# The scale of float tables, and the token type of every token when none is given.
+_ONE, ZERO = torch.ones(1), torch.zeros((), dtype=torch.int64)
 # Arguments of encoders and layers that change nothing about their result.
 HARMLESS = frozenset({"position_ids", "output_hidden_states", "return_dict", "use_cache"})
 
@@ -286,7 +288,7 @@ class FusedEmbeddings(Fused):
                 if weight.dtype not in (torch.float32, torch.bfloat16):
                     raise Unfit("another dtype")
                 tables.append(weight)
-                scales.append(weight.new_ones(1, dtype=torch.float32))
+                scales.append(_ONE)
             else:
                 raise Unfit(f"a table is {type(table).__name__}")
         norm = self._modules["LayerNorm"]
@@ -336,10 +338,6 @@ class FusedEmbeddings(Fused):
         if not parameters or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return run()
         return with_gradient(run, lambda _: unfused(), lambda: None, weight.new_empty(0), parameters)
-
-    def zeros(self, like: Tensor) -> Tensor:
-        """Token types when none are given."""
-        return torch.zeros((), dtype=torch.int64, device=like.device)
 
 
 def _int64(ids: Tensor, shape: torch.Size) -> Tensor:

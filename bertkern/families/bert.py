@@ -5,7 +5,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.bert import modeling_bert
 
 from ..nn.encoder import LayerParts, Unfit
-from ._fused import FusedEmbeddings, FusedEncoder, FusedLayer
+from ._fused import ZERO, FusedEmbeddings, FusedEncoder, FusedLayer
 
 
 class BertLikeLayer(FusedLayer):
@@ -62,7 +62,7 @@ class BertLikeEmbeddings(FusedEmbeddings):
         if input_ids is None:
             return plain()
         positions = self.positions(input_ids, past_key_values_length) if position_ids is None else position_ids
-        types = self.zeros(input_ids) if token_type_ids is None else token_type_ids
+        types = ZERO if token_type_ids is None else token_type_ids
         y = self.embed(plain, input_ids, types, positions)
         return plain() if y is None else y
 
