@@ -235,7 +235,7 @@ def _fuse(model: nn.Module, record: Record, keep_padding: bool) -> None:
             module.__class__ = fused_class
             try:
                 module.fuse()
-            except (Unfit, AttributeError) as reason:
+            except Unfit as reason:
                 module.unfuse()
                 module.__class__ = fused_class.unfused()
                 record.left[path] = str(reason)

@@ -75,8 +75,7 @@ class _FusedLayers(Fused):
         raise NotImplementedError
 
     def fuse(self) -> None:
-        layers = self.layers()
-        self._stack = Stack(layers, [layer.parts() for layer in layers], self.watched())
+        self._stack = self._build()
         if _after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_after_load)
 
@@ -89,8 +88,8 @@ class _FusedLayers(Fused):
     def refuse(self) -> None:
         """Fuses anew after a change; modules that no longer fit take the plain path."""
         try:
-            self.fuse()
-        except (Unfit, AttributeError, RuntimeError):
+            self._stack = self._build()
+        except (Unfit, RuntimeError):
             self._stack = None
 
     def fused(
@@ -185,11 +184,19 @@ class _FusedLayers(Fused):
             outputs = [h.masked_fill(~keys[..., None], 0) for h in outputs]
         return torch.stack(outputs) if states else outputs[-1]
 
+    def _build(self) -> Stack:
+        layers = self.layers()
+        if not all(isinstance(layer, FusedLayer) for layer in layers):
+            raise Unfit("its layers stay as they were")
+        try:
+            return Stack(layers, [layer.parts() for layer in layers], self.watched())
+        except AttributeError as error:
+            raise Unfit(f"its parts have moved: {error}") from error
+
     def _current(self) -> Stack:
         stack = self._stack
-        if stack is None or not stack.current():
-            self.fuse()
-            stack = self._stack
+        if stack is None or stack.layers != self.layers() or not stack.current():
+            stack = self._stack = self._build()
         return stack
 
     def stale(self) -> None:
@@ -245,11 +252,6 @@ class FusedLayer(_FusedLayers):
 
 class FusedEncoder(_FusedLayers):
     """A mixin for encoders that keep their layers in `layer`; a family adds `forward`."""
-
-    def fuse(self) -> None:
-        if not all(isinstance(layer, FusedLayer) for layer in self.layer):
-            raise Unfit("its layers stay as they were")
-        super().fuse()
 
     def layers(self) -> list[nn.Module]:
         return list(self.layer)

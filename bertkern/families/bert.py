@@ -22,7 +22,7 @@ class BertLikeLayer(FusedLayer):
             out=(block, "dense"),
             attention_norm=(block, "LayerNorm"),
             ffn1=(self.intermediate, "dense"),
-            activation=self.intermediate.intermediate_act_fn,
+            activation=(self.intermediate, "intermediate_act_fn"),
             ffn2=(self.output, "dense"),
             output_norm=(self.output, "LayerNorm"),
             scaling=attention.scaling,

@@ -19,7 +19,7 @@ class TransformerBlock(FusedLayer, modeling_distilbert.TransformerBlock):
             out=(self.attention, "out_lin"),
             attention_norm=(self, "sa_layer_norm"),
             ffn1=(self.ffn, "lin1"),
-            activation=self.ffn.activation,
+            activation=(self.ffn, "activation"),
             ffn2=(self.ffn, "lin2"),
             output_norm=(self, "output_layer_norm"),
             scaling=self.attention.scaling,

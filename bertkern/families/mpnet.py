@@ -23,7 +23,7 @@ class MPNetLayer(FusedLayer, modeling_mpnet.MPNetLayer):
             out=(attention, "o"),
             attention_norm=(self.attention, "LayerNorm"),
             ffn1=(self.intermediate, "dense"),
-            activation=self.intermediate.intermediate_act_fn,
+            activation=(self.intermediate, "intermediate_act_fn"),
             ffn2=(self.output, "dense"),
             output_norm=(self.output, "LayerNorm"),
             scaling=attention.attention_head_size**-0.5,

@@ -28,7 +28,8 @@ class LayerParts:
     """Where one layer keeps what the encoder operator needs: x1 = norm(x + out(attention(q, k, v))),
     x2 = norm(x1 + ffn2(activation(ffn1(x1)))).
 
-    Each part is the pair (module that holds it, name of the attribute), so that an exchange is noticed.
+    Each part is the pair (module that holds it, name of the attribute), so that an exchange is noticed. The scaling is
+    what products of queries and keys are multiplied with.
     """
 
     query: tuple[nn.Module, str]
@@ -39,7 +40,7 @@ class LayerParts:
     ffn1: tuple[nn.Module, str]
     ffn2: tuple[nn.Module, str]
     output_norm: tuple[nn.Module, str]
-    activation: Any
+    activation: tuple[nn.Module, str]
     scaling: float
 
     def linears(self) -> list[tuple[nn.Module, str]]:
@@ -61,15 +62,16 @@ class Stack:
     def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], watched: Sequence[nn.Module]) -> None:
         if not layers:
             raise Unfit("no layers")
-        slots = [slot for part in parts for slot in (*part.linears(), *part.norms())]
+        self.layers = list(layers)
+        slots = [slot for part in parts for slot in (*part.linears(), *part.norms(), part.activation)]
         leaves = [getattr(*slot) for slot in slots]
         linears = [getattr(*slot) for part in parts for slot in part.linears()]
         norms = [getattr(*slot) for part in parts for slot in part.norms()]
         for leaf in linears:
-            if type(leaf) not in LEAVES:
+            if type(leaf) not in LEAVES or not leaf.packable():
                 raise Unfit(f"a projection is {type(leaf).__name__}")
         self.eps = _common("LayerNorm eps", [_norm_eps(norm) for norm in norms])
-        self.activation = _common("activation", [_activation(part.activation) for part in parts])
+        self.activation = _common("activation", [_activation(getattr(*part.activation)) for part in parts])
         self.heads = [_check_shapes(part) for part in parts]
         for leaf in linears:
             leaf.packed()
@@ -83,7 +85,8 @@ class Stack:
         self.norms = flat.view(len(layers), 4, -1)
 
         # What `current` compares. Lists and C loops, because this runs at every call.
-        self._slot_dicts = [holder._modules for holder, _ in slots]
+        # An activation may be a function.
+        self._slot_dicts = [holder._modules if name in holder._modules else holder.__dict__ for holder, name in slots]
         self._slot_names = [name for _, name in slots]
         self._leaves, self._types = leaves, [type(leaf) for leaf in leaves]
         norm_dicts = [norm._parameters for norm in norms for _ in range(2)]
@@ -99,6 +102,12 @@ class Stack:
 
     def current(self) -> bool:
         """Whether the layers still are what the arguments were made from."""
+        try:
+            return self._unchanged()
+        except KeyError:
+            return False
+
+    def _unchanged(self) -> bool:
         return (
             self._epoch == Epoch.now
             and list(map(getitem, self._slot_dicts, self._slot_names)) == self._leaves

@@ -36,7 +36,7 @@ class PackedLinear(PackedCache, nn.Linear):
         return made.train(linear.training)
 
     def _sources(self) -> tuple[Tensor | None, ...]:
-        return self._parameters["weight"], self._parameters["bias"]
+        return self._parameters.get("weight"), self._parameters.get("bias")
 
     def _pack(self) -> Tensor:
         weight, bias = self._sources()
@@ -47,6 +47,9 @@ class PackedLinear(PackedCache, nn.Linear):
         return torch.ops.bertkern.pack_linear.default(weight.contiguous(), bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.packable():
+            # Pruning hooks and parametrizations compute the weight.
+            return F.linear(x, self.weight, self.bias)
         weight, bias = self._sources()
         if self.training or not x.is_cpu or x.dtype not in FLOATS or weight.dtype not in FLOATS or plain():
             return F.linear(x, weight, bias)

@@ -70,6 +70,10 @@ class PackedCache:
     def _pack(self) -> Tensor:
         raise NotImplementedError
 
+    def packable(self) -> bool:
+        """Whether the weight is a tensor of the layer's own, not one that something computes."""
+        return self._sources()[0] is not None
+
     def weights(self) -> list[Tensor]:
         """The tensors of the packed copy that code may well change in place: weight, scale and bias."""
         return [tensor for tensor in self._sources()[:3] if tensor is not None]
@@ -108,7 +112,7 @@ class PackedCache:
     def _repack(self) -> None:
         # Right away, not at the next call: torch.compile must find the copy when it traces.
         self.stale()
-        if all(tensor.device.type == "cpu" for tensor in self.weights()):
+        if self.packable() and all(tensor.device.type == "cpu" for tensor in self.weights()):
             self.packed()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

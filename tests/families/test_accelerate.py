@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import bertkern as bk
 
@@ -186,6 +187,59 @@ def test_packed_copies_follow_every_change():
         assert not torch.allclose(swapped, before, atol=1e-3)
         plain = bk.restore(copy.deepcopy(model))(**batch).last_hidden_state
         torch.testing.assert_close(swapped, plain, atol=2e-5, rtol=1e-4)
+
+
+def test_surgery_after_the_swap():
+    model = make("BertModel")
+    batch = inputs(model)
+
+    def check(full=True):
+        with torch.no_grad():
+            got = model(**batch).last_hidden_state
+            plain = bk.restore(copy.deepcopy(model))(**batch).last_hidden_state
+        torch.testing.assert_close(got, plain, atol=2e-5, rtol=1e-4)
+        assert bool(fallbacks(model)) is not full
+
+    bk.accelerate(model)
+    check()
+    model.encoder.layer = model.encoder.layer[:2]
+    check()
+    del model.encoder.layer[0]
+    check()
+    model.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
+    check()
+    model.encoder.layer[0].attention.output.LayerNorm = nn.LayerNorm(52, eps=1e-12)
+    check()
+    model.encoder.layer[0].intermediate.intermediate_act_fn = nn.Mish()
+    check(full=False)
+    del model.encoder.layer[0].intermediate.intermediate_act_fn
+    model.encoder.layer[0].intermediate.intermediate_act_fn = torch.tanh
+    check(full=False)
+
+
+def test_adapters_and_parametrizations_after_the_swap():
+    model = make("BertModel")
+    batch = inputs(model)
+    bk.accelerate(model)
+    query = model.encoder.layer[1].attention.self.query
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state
+
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    parametrize.register_parametrization(query, "weight", Twice())
+    with torch.no_grad():
+        after = model(**batch).last_hidden_state
+        assert not torch.allclose(before, after, atol=1e-3)
+        parametrize.remove_parametrizations(query, "weight", leave_parametrized=False)
+        torch.testing.assert_close(model(**batch).last_hidden_state, before, atol=2e-5, rtol=1e-4)
+        prune.l1_unstructured(query, "weight", 0.5)
+        pruned = model(**batch).last_hidden_state
+        assert not torch.allclose(before, pruned, atol=1e-3)
+        prune.remove(query, "weight")
+        torch.testing.assert_close(model(**batch).last_hidden_state, pruned, atol=2e-5, rtol=1e-4)
 
 
 def test_a_foreign_hook_makes_its_part_fall_back():
