@@ -14,8 +14,8 @@ from .linear import FLOATS
 from .packing import PackedCache, needs_grad, plain, with_gradient
 
 _linear = torch.ops.bertkern.linear.default
-# Rows that are converted at a time: a few megabytes beside the weight.
-ROW_BLOCK = 512
+# Weights that are converted at a time: some megabytes of temporaries beside a model, whatever its widths.
+BLOCK = 2**18
 
 
 def finite(tensor: Tensor) -> bool:
@@ -331,8 +331,9 @@ def _quantized(owner: str, weight: Tensor, per_row: bool) -> tuple[Tensor, Tenso
     if not finite(weight):
         raise ValueError(f"{owner}: expected a finite weight. Got Inf or NaN.")
     largest = 0.0 if per_row or not weight.numel() else max(map(abs, map(float, torch.aminmax(weight))))
-    for start in range(0, rows, ROW_BLOCK):
-        block = slice(start, start + ROW_BLOCK)
+    height = max(1, BLOCK // max(1, columns))
+    for start in range(0, rows, height):
+        block = slice(start, start + height)
         part = weight[block].to(torch.float32)
         if per_row:
             quantized = quantize_weight(part)
