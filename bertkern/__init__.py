@@ -1,3 +1,43 @@
-"""bertkern: pruned and quantized BERT models, really fast."""
+"""bertkern: pruned and quantized BERT models, really fast.
+
+import bertkern as bk
+bk.quantize_(model, bk.Int8Config())
+print(bk.report(model))
+"""
+
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
+from ._register import register as _register
 
 __version__ = "0.1.0"
+
+# Where each name of the surface lives; imported when first asked for.
+_SURFACE = {
+    "accelerate": "swap",
+    "quantize_": "swap",
+    "restore": "swap",
+    "dequantize": "swap",
+    "Int8Config": "config",
+    "inspect": "reports",
+    "report": "reports",
+    "Report": "reports",
+    "cpu_isa": "ops",
+    "load_checkpoint": "checkpoints",
+}
+
+__all__ = [*sorted(_SURFACE), "__version__"]
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _SURFACE:
+        value = globals()[name] = getattr(_import_module(f".{_SURFACE[name]}", __name__), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register()

@@ -1,0 +1,61 @@
+"""attn_implementation="bertkern": the [B, L] mask reaches the encoder as it is, and the plain path still works."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+from . import _capture
+
+NAME = "bertkern"
+
+
+def bertkern_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """A bidirectional padding mask as it came, [B, L] bool; every other mask as transformers makes it for sdpa.
+
+    The same function serves causal masks, whose causality a [B, L] mask would lose.
+    """
+    mask = kwargs.get("attention_mask")
+    padding_only = kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("use_vmap")
+    if padding_only and (mask is None or mask.dim() == 2):
+        return mask
+    return sdpa_mask(*args, **kwargs)
+
+
+def bertkern_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of layers that do not run fused: sdpa, or the eager formula where its weights are asked for."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask = attention_mask[:, None, None, :]
+    if not (kwargs.get("output_attentions") or _capture.wants("attentions") or _capture.wants("cross_attentions")):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    scores = query @ key.transpose(2, 3) * (query.size(-1) ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + additive(attention_mask, scores.dtype)
+    weights = nn.functional.dropout(torch.softmax(scores, dim=-1), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask to add to scores [B, heads, L, L]: 0 where a bool one attends and the lowest value elsewhere."""
+    if mask is None:
+        return None
+    mask = mask[:, None, None, :] if mask.dim() == 2 else mask
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
+
+
+AttentionInterface.register(NAME, bertkern_attention)
+AttentionMaskInterface.register(NAME, bertkern_mask)

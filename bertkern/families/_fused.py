@@ -1,0 +1,348 @@
+"""The classes that a family mixes into transformers' own: one operator where it fits, `super().forward` elsewhere."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.encoder import LayerParts, Stack, Unfit, key_mask, usable
+from ..nn.int8 import Int8Embedding
+from ..nn.linear import PackedLinear
+from ..nn.packing import plain, plain_path, with_gradient
+from . import _attention, _capture  # noqa: F401  (registers attn_implementation="bertkern")
+
+_embed = torch.ops.bertkern.embed.default
+# The scale of float tables, and the token type of every token when none is given.
+_ONE, ZERO = torch.ones(1), torch.zeros((), dtype=torch.int64)
+# Arguments of encoders and layers that change nothing about their result.
+HARMLESS = frozenset({"position_ids", "output_hidden_states", "return_dict", "use_cache"})
+
+
+class Fused:
+    """A mixin: instances were made by a change of class and go back by another.
+
+    Attributes:
+        fallbacks: how often a call took the plain path, by reason.
+        keep_padding: whether masked positions are computed too; else they come back as zeros.
+    """
+
+    keep_padding: bool = False
+
+    @classmethod
+    def unfused(cls) -> type[nn.Module]:
+        """The class in transformers that this one stands for."""
+        return next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+
+    def fuse(self) -> None:
+        """Makes the operator's arguments ready.
+
+        Raises:
+            Unfit: the module is not what the operator computes.
+        """
+
+    def unfuse(self) -> None:
+        """Drops what `fuse` made."""
+        for name in ("_stack", "fallbacks", "keep_padding"):
+            self.__dict__.pop(name, None)
+
+    def fell_back(self, reason: str) -> None:
+        """Counts a call on the plain path."""
+        if not torch.compiler.is_compiling():
+            counts = self.__dict__.setdefault("fallbacks", {})
+            counts[reason] = counts.get(reason, 0) + 1
+
+
+def _after_load(module: "_FusedLayers", incompatible: Any) -> None:
+    # Now, because compiled code does not look whether its inputs are current.
+    module.refuse()
+
+
+class _FusedLayers(Fused):
+    """What encoder and layer share: the operator over some layers."""
+
+    _stack: Stack | None = None
+
+    def layers(self) -> list[nn.Module]:
+        """The layers that run here."""
+        raise NotImplementedError
+
+    def watched(self) -> list[nn.Module]:
+        """The modules that the operator stands for; a hook on one of them would be skipped."""
+        raise NotImplementedError
+
+    def unfused_layers(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        """The hidden states after each layer by the plain path, which autograd can follow."""
+        raise NotImplementedError
+
+    def fuse(self) -> None:
+        self._stack = self._build()
+        if _after_load not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_after_load)
+
+    def unfuse(self) -> None:
+        super().unfuse()
+        for key, hook in list(self._load_state_dict_post_hooks.items()):
+            if hook is _after_load:
+                del self._load_state_dict_post_hooks[key]
+
+    def refuse(self) -> None:
+        """Fuses anew after a change; modules that no longer fit take the plain path."""
+        try:
+            self._stack = self._build()
+        except (Unfit, RuntimeError):
+            self._stack = None
+
+    def fused(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        others: tuple,
+        options: dict[str, Any],
+        *,
+        bias: Tensor | None = None,
+        states: bool = False,
+    ) -> Tensor | None:
+        """The result of the operator, [B, L, H], or None where the plain path has to run.
+
+        Args:
+            x: hidden states [B, L, H].
+            mask: of any form that transformers hands over.
+            others: further arguments by position, options: by keyword; what is None or False asks for nothing.
+            bias: what is added to attention scores, fp32 [1 or B, heads, L, L].
+            states: whether the result is the hidden states after every layer, [layers, B, L, H].
+        """
+        if plain():
+            return None
+        try:
+            return self._run(x, mask, others, options, bias, states)
+        except Unfit as reason:
+            self.fell_back(str(reason))
+            return None
+
+    def _run(
+        self, x: Tensor, mask: Tensor | None, others: tuple, options: dict[str, Any], bias: Tensor | None, states: bool
+    ) -> Tensor:
+        if self.training:
+            raise Unfit("training mode")
+        if any(value is not None for value in others):
+            raise Unfit("cross-attention or a cache")
+        for name, value in options.items():
+            if value is not None and value is not False and name not in HARMLESS:
+                raise Unfit(f"{name} was given")
+        if _capture.wants("attentions"):
+            raise Unfit("output_attentions was given")
+        if reason := usable(x):
+            raise Unfit(reason)
+        keys = key_mask(mask, x.shape[0], x.shape[1])
+        collects = self.captures() and _capture.wants("hidden_states")
+        every = states or collects
+
+        stack = self._stack
+        if not torch.compiler.is_compiling():
+            stack = self._current()
+            if any(not _capture.is_capture(hook) for hook in stack.hooked()):
+                raise Unfit("hooks on inner modules")
+        elif stack is None:
+            raise Unfit("changed since the last call")
+
+        keep, empty = self.keep_padding, None
+        if keys is not None and not torch.compiler.is_compiling() and not keys.select(1, 0).all().item():
+            # Poolers read the first position, also where it is padding.
+            keep, empty = True, ~keys.any(dim=1)
+
+        def run(h: Tensor) -> Tensor:
+            y = stack.run(h, keys, bias, keep, every)
+            if empty is not None and bool(empty.any()):
+                # Rows without a single token: whatever the attention in use makes of a query without keys.
+                with plain_path():
+                    rows = [t if t is None or t.shape[0] != h.shape[0] else t[empty] for t in (mask, bias)]
+                    outputs = self.unfused_layers(h[empty], *rows)
+                y[..., empty, :, :] = torch.stack(outputs) if every else outputs[-1]
+            return y
+
+        # While tracing, the operator's own formula stands for the gradient.
+        y = None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            parameters = stack.parameters() + ([bias] if bias is not None and bias.requires_grad else [])
+            if x.requires_grad or parameters:
+                dropped = None if keep else keys
+                y = with_gradient(run, lambda h: self._plain(h, mask, bias, dropped, every), self.stale, x, parameters)
+        if y is None:
+            y = run(x)
+        if collects:
+            _capture.collect(self.layers(), x, y.unbind(0))
+        return y[-1] if every and not states else y
+
+    def captures(self) -> bool:
+        """Whether hidden states inside this module are collected by hooks that the operator passes over."""
+        return False
+
+    def _plain(self, x: Tensor, mask: Tensor | None, bias: Tensor | None, keys: Tensor | None, states: bool) -> Tensor:
+        """What the operator returns, as autograd can follow it; `keys` is None where padding is kept."""
+        outputs = self.unfused_layers(x, mask, bias)
+        if keys is not None:
+            outputs = [h.masked_fill(~keys[..., None], 0) for h in outputs]
+        return torch.stack(outputs) if states else outputs[-1]
+
+    def _build(self) -> Stack:
+        layers = self.layers()
+        if not all(isinstance(layer, FusedLayer) for layer in layers):
+            raise Unfit("its layers stay as they were")
+        try:
+            return Stack(layers, [layer.parts() for layer in layers], self.watched())
+        except AttributeError as error:
+            raise Unfit(f"its parts have moved: {error}") from error
+
+    def _current(self) -> Stack:
+        stack = self._stack
+        if stack is None or stack.layers != self.layers() or not stack.current():
+            stack = self._stack = self._build()
+        return stack
+
+    def stale(self) -> None:
+        """Forgets what was made of parameters that may change unseen; see PackedCache."""
+        for module in self.modules():
+            if isinstance(module, _FusedLayers):
+                module._stack = None
+            elif isinstance(module, PackedLinear):
+                module.stale()
+
+    def train(self, mode: bool = True):
+        before = self.training
+        super().train(mode)
+        if mode:
+            self._stack = None
+        elif before:
+            self.refuse()
+        return self
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_stack"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.refuse()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.refuse()
+        return self
+
+
+class FusedLayer(_FusedLayers):
+    """A mixin for layers; a family adds `parts`."""
+
+    def parts(self) -> LayerParts:
+        """Where this layer keeps what the operator needs; raises Unfit."""
+        raise NotImplementedError
+
+    def layers(self) -> list[nn.Module]:
+        return [self]
+
+    def watched(self) -> list[nn.Module]:
+        return [module for module in self.modules() if module is not self]
+
+    def unfused_layers(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        return [self.unfused().forward(self, x, mask)]
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs) -> Tensor:
+        y = self.fused(hidden_states, attention_mask, args, kwargs)
+        return super().forward(hidden_states, attention_mask, *args, **kwargs) if y is None else y
+
+
+class FusedEncoder(_FusedLayers):
+    """A mixin for encoders that keep their layers in `layer`; a family adds `forward`."""
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.layer)
+
+    def watched(self) -> list[nn.Module]:
+        return [module for module in self.modules() if module is not self]
+
+    def captures(self) -> bool:
+        return True
+
+    def unfused_layers(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        outputs = []
+        for layer in self.layer:
+            x = layer(x, mask)
+            outputs.append(x)
+        return outputs
+
+
+class FusedEmbeddings(Fused):
+    """A mixin for embeddings: rows of all tables gathered, summed and normalised by one operator."""
+
+    TABLES = ("word_embeddings", "token_type_embeddings", "position_embeddings")
+
+    def fuse(self) -> None:
+        self._arguments()
+
+    def _arguments(self) -> tuple[list[Tensor], list[Tensor], nn.LayerNorm]:
+        tables, scales = [], []
+        for name in self.TABLES:
+            table = self._modules[name]
+            if type(table) is Int8Embedding:
+                tables.append(table._buffers["weight_codes"])
+                scales.append(table._buffers["weight_scale"])
+            elif type(table) is nn.Embedding and table.max_norm is None:
+                weight = table._parameters["weight"]
+                if weight.dtype not in (torch.float32, torch.bfloat16):
+                    raise Unfit("another dtype")
+                tables.append(weight)
+                scales.append(_ONE)
+            else:
+                raise Unfit(f"a table is {type(table).__name__}")
+        norm = self._modules["LayerNorm"]
+        if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
+            raise Unfit(f"a norm is {type(norm).__name__}")
+        return tables, scales, norm
+
+    def embed(self, unfused, ids: Tensor | None, *others: Tensor) -> Tensor | None:
+        """The embeddings of `ids` [B, L] and of `others`, which broadcast to it, in the order of TABLES.
+
+        Args:
+            unfused: a function without arguments that computes the same by the plain path.
+
+        Returns:
+            [B, L, H], or None where the plain path has to run.
+        """
+        if plain():
+            return None
+        try:
+            return self._embed(unfused, ids, *others)
+        except Unfit as reason:
+            self.fell_back(str(reason))
+            return None
+
+    def _embed(self, unfused, ids: Tensor | None, *others: Tensor) -> Tensor:
+        if self.training:
+            raise Unfit("training mode")
+        if ids is None:
+            raise Unfit("inputs_embeds was given")
+        if not ids.is_cpu or ids.dim() != 2:
+            raise Unfit("another device or shape")
+        if not torch.compiler.is_compiling():
+            for module in self._modules.values():
+                if module._forward_hooks or module._forward_pre_hooks:
+                    raise Unfit("hooks on inner modules")
+        tables, scales, norm = self._arguments()
+        rows = [_int64(part, ids.shape) for part in (ids, *others)]
+        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+
+        dtype = weight.dtype
+
+        def run(_: Tensor | None = None) -> Tensor:
+            fp32 = (weight, bias) if dtype == torch.float32 else (weight.float(), bias.float())
+            return _embed(rows, tables, scales, *fp32, norm.eps, dtype)
+
+        parameters = [tensor for tensor in (*tables, weight, bias) if tensor.requires_grad]
+        if not parameters or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return run()
+        return with_gradient(run, lambda _: unfused(), lambda: None, weight.new_empty(0), parameters)
+
+
+def _int64(ids: Tensor, shape: torch.Size) -> Tensor:
+    # At 16 tokens even an operation that does nothing shows.
+    ids = ids if ids.dtype == torch.int64 else ids.long()
+    return ids if ids.shape == shape else ids.expand(shape)

@@ -1,0 +1,86 @@
+"""BERT."""
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.bert import modeling_bert
+
+from ..nn.encoder import LayerParts, Unfit
+from ._fused import ZERO, FusedEmbeddings, FusedEncoder, FusedLayer
+
+
+class BertLikeLayer(FusedLayer):
+    """Where BERT and its descendants keep the parts of a layer."""
+
+    def parts(self) -> LayerParts:
+        if self.is_decoder:
+            raise Unfit("a decoder")
+        attention, block = self.attention.self, self.attention.output
+        return LayerParts(
+            query=(attention, "query"),
+            key=(attention, "key"),
+            value=(attention, "value"),
+            out=(block, "dense"),
+            attention_norm=(block, "LayerNorm"),
+            ffn1=(self.intermediate, "dense"),
+            activation=(self.intermediate, "intermediate_act_fn"),
+            ffn2=(self.output, "dense"),
+            output_norm=(self.output, "LayerNorm"),
+            scaling=attention.scaling,
+        )
+
+
+class BertLikeEncoder(FusedEncoder):
+    """The call that BERT and its descendants make of their encoder."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
+        y = self.fused(hidden_states, attention_mask, args, kwargs)
+        if y is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=y)
+
+
+class BertLikeEmbeddings(FusedEmbeddings):
+    """Word, token type and position rows, normalised."""
+
+    def positions(self, input_ids: Tensor, offset: int) -> Tensor:
+        """Position ids when none are given."""
+        return self.position_ids[:, offset : offset + input_ids.shape[1]]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> Tensor:
+        def plain() -> Tensor:
+            return self.unfused().forward(
+                self, input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
+            )
+
+        if input_ids is None:
+            return plain()
+        positions = self.positions(input_ids, past_key_values_length) if position_ids is None else position_ids
+        types = ZERO if token_type_ids is None else token_type_ids
+        y = self.embed(plain, input_ids, types, positions)
+        return plain() if y is None else y
+
+
+class BertLayer(BertLikeLayer, modeling_bert.BertLayer):
+    """Runs as one operator."""
+
+
+class BertEncoder(BertLikeEncoder, modeling_bert.BertEncoder):
+    """Runs as one operator."""
+
+
+class BertEmbeddings(BertLikeEmbeddings, modeling_bert.BertEmbeddings):
+    """Runs as one operator."""
+
+
+CLASSES = {
+    modeling_bert.BertLayer: BertLayer,
+    modeling_bert.BertEncoder: BertEncoder,
+    modeling_bert.BertEmbeddings: BertEmbeddings,
+}

@@ -1,0 +1,61 @@
+"""DistilBERT: no token types, and the encoder is called `transformer`."""
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.distilbert import modeling_distilbert
+
+from ..nn.encoder import LayerParts
+from ._fused import FusedEmbeddings, FusedEncoder, FusedLayer
+
+
+class TransformerBlock(FusedLayer, modeling_distilbert.TransformerBlock):
+    """Runs as one operator."""
+
+    def parts(self) -> LayerParts:
+        return LayerParts(
+            query=(self.attention, "q_lin"),
+            key=(self.attention, "k_lin"),
+            value=(self.attention, "v_lin"),
+            out=(self.attention, "out_lin"),
+            attention_norm=(self, "sa_layer_norm"),
+            ffn1=(self.ffn, "lin1"),
+            activation=(self.ffn, "activation"),
+            ffn2=(self.ffn, "lin2"),
+            output_norm=(self, "output_layer_norm"),
+            scaling=self.attention.scaling,
+        )
+
+
+class Transformer(FusedEncoder, modeling_distilbert.Transformer):
+    """Runs as one operator."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
+        y = self.fused(hidden_states, attention_mask, (), kwargs)
+        if y is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=y)
+
+
+class Embeddings(FusedEmbeddings, modeling_distilbert.Embeddings):
+    """Runs as one operator."""
+
+    TABLES = ("word_embeddings", "position_embeddings")
+
+    def forward(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        def plain() -> Tensor:
+            return self.unfused().forward(self, input_ids, inputs_embeds, position_ids)
+
+        if input_ids is None:
+            return plain()
+        positions = self.position_ids[:, : input_ids.shape[1]] if position_ids is None else position_ids
+        y = self.embed(plain, input_ids, positions)
+        return plain() if y is None else y
+
+
+CLASSES = {
+    modeling_distilbert.TransformerBlock: TransformerBlock,
+    modeling_distilbert.Transformer: Transformer,
+    modeling_distilbert.Embeddings: Embeddings,
+}

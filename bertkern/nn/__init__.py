@@ -1,0 +1,6 @@
+"""Modules: each usable alone, and what `quantize_` and `accelerate` put into a model."""
+
+from .int8 import Int8Embedding, Int8Linear
+from .linear import PackedLinear
+
+__all__ = ["Int8Embedding", "Int8Linear", "PackedLinear"]

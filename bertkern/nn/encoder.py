@@ -1,0 +1,231 @@
+"""A stack of post-LayerNorm transformer layers as one operator call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter, getitem
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from .. import _ops  # noqa: F401  (loads the operators)
+from .activations import activation_code
+from .int8 import Int8Linear
+from .linear import FLOATS, PackedLinear
+from .packing import Epoch, version
+
+_encoder = torch.ops.bertkern.encoder.default
+LEAVES = (Int8Linear, PackedLinear)
+
+
+class Unfit(Exception):
+    """Why something cannot run fused; the text stands in the report."""
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """Where one layer keeps what the encoder operator needs: x1 = norm(x + out(attention(q, k, v))),
+    x2 = norm(x1 + ffn2(activation(ffn1(x1)))).
+
+    Each part is the pair (module that holds it, name of the attribute), so that an exchange is noticed. The scaling is
+    what products of queries and keys are multiplied with.
+    """
+
+    query: tuple[nn.Module, str]
+    key: tuple[nn.Module, str]
+    value: tuple[nn.Module, str]
+    out: tuple[nn.Module, str]
+    attention_norm: tuple[nn.Module, str]
+    ffn1: tuple[nn.Module, str]
+    ffn2: tuple[nn.Module, str]
+    output_norm: tuple[nn.Module, str]
+    activation: tuple[nn.Module, str]
+    scaling: float
+
+    def linears(self) -> list[tuple[nn.Module, str]]:
+        """In the operator's order."""
+        return [self.query, self.key, self.value, self.out, self.ffn1, self.ffn2]
+
+    def norms(self) -> list[tuple[nn.Module, str]]:
+        """In the operator's order."""
+        return [self.attention_norm, self.output_norm]
+
+
+class Stack:
+    """The arguments of the encoder operator for some layers, and what they were made from.
+
+    Raises:
+        Unfit: the layers are not what the operator computes.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], watched: Sequence[nn.Module]) -> None:
+        if not layers:
+            raise Unfit("no layers")
+        self.layers = list(layers)
+        slots = [slot for part in parts for slot in (*part.linears(), *part.norms(), part.activation)]
+        leaves = [getattr(*slot) for slot in slots]
+        linears = [getattr(*slot) for part in parts for slot in part.linears()]
+        norms = [getattr(*slot) for part in parts for slot in part.norms()]
+        for leaf in linears:
+            if type(leaf) not in LEAVES or not leaf.packable():
+                raise Unfit(f"a projection is {type(leaf).__name__}")
+        self.eps = _common("LayerNorm eps", [_norm_eps(norm) for norm in norms])
+        self.activation = _common("activation", [_activation(getattr(*part.activation)) for part in parts])
+        self.heads = [_check_shapes(part) for part in parts]
+        for leaf in linears:
+            leaf.packed()
+        # Read before the tensors: a change by another thread from here on is then noticed.
+        self._epoch = Epoch.now
+        self.linears = [leaf.packed() for leaf in linears]
+        tensors = [(norm.weight, norm.bias) for norm in norms]
+        with torch.no_grad():
+            flat = torch.stack([tensor.detach().float() for pair in tensors for tensor in pair])
+        # [layers, 4, H]: weight and bias of the attention norm, weight and bias of the output norm.
+        self.norms = flat.view(len(layers), 4, -1)
+
+        # What `current` compares. Lists and C loops, because this runs at every call.
+        # An activation may be a function.
+        self._slot_dicts = [holder._modules if name in holder._modules else holder.__dict__ for holder, name in slots]
+        self._slot_names = [name for _, name in slots]
+        self._leaves, self._types = leaves, [type(leaf) for leaf in leaves]
+        norm_dicts = [norm._parameters for norm in norms for _ in range(2)]
+        self._norm_dicts, self._norm_names = norm_dicts, ["weight", "bias"] * len(norms)
+        self._norm_tensors = [tensor for pair in tensors for tensor in pair]
+        self._norm_ids = list(map(id, self._norm_tensors))
+        self._tensors = [tensor for leaf in linears for tensor in leaf.weights()] + self._norm_tensors
+        counted = not any(tensor.is_inference() for tensor in self._tensors)
+        self._version_of = attrgetter("_version") if counted else version
+        self._versions = list(map(self._version_of, self._tensors))
+        hooks = [hooks for module in watched for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._hooks = [*hooks, _global_forward_hooks, _global_forward_pre_hooks]
+
+    def current(self) -> bool:
+        """Whether the layers still are what the arguments were made from."""
+        try:
+            return self._unchanged()
+        except KeyError:
+            return False
+
+    def _unchanged(self) -> bool:
+        return (
+            self._epoch == Epoch.now
+            and list(map(getitem, self._slot_dicts, self._slot_names)) == self._leaves
+            and list(map(type, self._leaves)) == self._types
+            and list(map(id, map(getitem, self._norm_dicts, self._norm_names))) == self._norm_ids
+            and list(map(self._version_of, self._tensors)) == self._versions
+        )
+
+    def hooked(self) -> list[Any]:
+        """The hooks on watched modules."""
+        return [hook for hooks in self._hooks for hook in hooks.values()] if any(self._hooks) else []
+
+    def parameters(self) -> list[Tensor]:
+        """Those tensors that autograd may want gradients for."""
+        return [tensor for tensor in self._tensors if tensor.requires_grad]
+
+    def run(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        position_bias: Tensor | None = None,
+        keep_padding: bool = False,
+        all_hidden_states: bool = False,
+    ) -> Tensor:
+        """The encoder operator: x [B, L, H], mask [B, L] -> [B, L, H], or [layers, B, L, H] after every layer."""
+        return _encoder(
+            x,
+            mask,
+            position_bias,
+            self.linears,
+            self.norms,
+            self.heads,
+            self.activation,
+            self.eps,
+            keep_padding,
+            all_hidden_states,
+        )
+
+
+def key_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The [B, L] mask of keys that `mask` amounts to.
+
+    Args:
+        mask: None, [B, L] bool, or [B or 1, 1, L or 1, L], bool (True = attend) or additive (0 = attend, the lowest
+            value of its dtype or -inf = do not).
+
+    Raises:
+        Unfit: the mask says something else, such as keys that differ from query to query.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 2:
+        if mask.dtype != torch.bool or mask.shape[0] != batch or mask.shape[1] != length:
+            raise Unfit("a mask of another shape or dtype")
+        return mask
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != length:
+        raise Unfit("a mask of another shape or dtype")
+    if torch.compiler.is_compiling():
+        raise Unfit("a 4-D mask while tracing")
+    first = mask[:, 0, 0]
+    if (
+        mask.shape[2] > 1
+        and mask.stride(2) != 0
+        and not torch.equal(mask[:, 0], first[:, None].expand(mask[:, 0].shape))
+    ):
+        raise Unfit("a mask that differs from query to query")
+    if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            raise Unfit("a mask of another shape or dtype")
+        attend = first == 0
+        if not bool((attend | (first <= torch.finfo(first.dtype).min)).all()):
+            raise Unfit("a mask with weights")
+        first = attend
+    return first.expand(batch, length)
+
+
+def usable(x: Tensor) -> str | None:
+    """Why the operators cannot take `x`, if they cannot."""
+    if not x.is_cpu:
+        return "another device"
+    return None if x.dtype in FLOATS else "another dtype"
+
+
+def _common(what: str, values: list) -> Any:
+    if any(value != values[0] for value in values):
+        raise Unfit(f"layers differ in {what}")
+    return values[0]
+
+
+def _activation(activation: Any) -> int:
+    code = activation_code(activation)
+    if code is None:
+        name = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "?")
+        raise Unfit(f"no kernel for the activation {name}")
+    return code
+
+
+def _norm_eps(norm: nn.Module) -> float:
+    if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
+        raise Unfit(f"a norm is {type(norm).__name__} without weight and bias of one dimension")
+    return norm.eps
+
+
+def _check_shapes(part: LayerParts) -> int:
+    """The number of heads, by the widths as they are: pruned layers have fewer than their config says."""
+    query, key, value, out, ffn1, ffn2 = (getattr(*slot) for slot in part.linears())
+    hidden = ffn2.out_features
+    width, size = query.out_features, round(part.scaling**-2)
+    if abs(part.scaling * size**0.5 - 1) > 1e-6:
+        raise Unfit("scores are not scaled by the root of the head size")
+    fits = (
+        width > 0
+        and width % size == 0
+        and key.out_features == value.out_features == out.in_features == width
+        and query.in_features == key.in_features == value.in_features == out.out_features == hidden
+        and ffn1.in_features == hidden
+        and ffn2.in_features == ffn1.out_features
+    )
+    if not fits:
+        raise Unfit("projections whose shapes do not fit")
+    return width // size

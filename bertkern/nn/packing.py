@@ -1,0 +1,175 @@
+"""What all swapped modules share: when the plain path runs, and a packed copy that follows its tensors."""
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _State(threading.local):
+    plain = False
+
+
+_state = _State()
+
+
+@contextmanager
+def plain_path():
+    """Within it, in this thread, swapped modules compute by torch's own operators, which autograd can follow."""
+    before, _state.plain = _state.plain, True
+    try:
+        yield
+    finally:
+        _state.plain = before
+
+
+def plain() -> bool:
+    """Whether this thread is inside `plain_path`."""
+    # A thread-local cannot be traced; a trace never starts inside a backward pass.
+    return not torch.compiler.is_compiling() and _state.plain
+
+
+def version(tensor: Tensor) -> int:
+    """How often `tensor` was changed in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Epoch:
+    """Counts the exchanges of tensors in swapped leaves, so that an encoder sees in one comparison that none was."""
+
+    now = 0
+
+
+class _Copy(NamedTuple):
+    """A packed tensor and the state of the tensors that it was made from."""
+
+    sources: tuple[Tensor | None, ...]
+    versions: list[int]
+    pointers: list[int]
+    packed: Tensor
+
+
+class PackedCache:
+    """A mixin: `packed()` returns a copy of the weights laid out for the kernels, remade whenever they change.
+
+    In-place changes are seen by the version counters of the tensors, exchanges by attribute access. Fused optimizers
+    do not count what they change, so layers with parameters also drop the copy in training mode and after a backward
+    pass. Writing through `tensor.data` is invisible, as it is to autograd. The copy belongs to this machine: it is
+    never saved or pickled.
+    """
+
+    _packed: _Copy | None = None
+
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        # The weight, what scales it and the bias come first, in the first three places.
+        raise NotImplementedError
+
+    def _pack(self) -> Tensor:
+        raise NotImplementedError
+
+    def packable(self) -> bool:
+        """Whether the weight is a tensor of the layer's own, not one that something computes."""
+        return self._sources()[0] is not None
+
+    def weights(self) -> list[Tensor]:
+        """The tensors of the packed copy that code may well change in place: weight, scale and bias."""
+        return [tensor for tensor in self._sources()[:3] if tensor is not None]
+
+    def packed(self) -> Tensor:
+        """The packed weights: a uint8 tensor for bertkern.ops.linear and bertkern.ops.encoder."""
+        copy = self._packed
+        if torch.compiler.is_compiling():
+            return self._pack() if copy is None else copy.packed
+        sources = self._sources()
+        present = [tensor for tensor in sources if tensor is not None]
+        versions = [version(tensor) for tensor in present]
+        pointers = [tensor.data_ptr() for tensor in present]
+        same = copy is not None and (versions, pointers) == (copy.versions, copy.pointers)
+        if same and list(map(id, sources)) == list(map(id, copy.sources)):
+            return copy.packed
+        with torch.no_grad():
+            packed = self._pack()
+        self.__dict__["_packed"] = _Copy(sources, versions, pointers, packed)
+        Epoch.now += 1
+        return packed
+
+    def stale(self) -> None:
+        """Forgets the packed copy; the next call makes it anew."""
+        self.__dict__.pop("_packed", None)
+        Epoch.now += 1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            Epoch.now += 1
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+
+    def _repack(self) -> None:
+        # Right away, not at the next call: torch.compile must find the copy when it traces.
+        self.stale()
+        if self.packable() and all(tensor.device.type == "cpu" for tensor in self.weights()):
+            self.packed()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._packed is not None:
+            self._repack()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        had = self._packed is not None
+        self.__dict__.pop("_packed", None)
+        super()._apply(fn, recurse)
+        if had:
+            self._repack()
+        return self
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to follow an operation on `tensors`."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class _Recompute(torch.autograd.Function):
+    """Forward by the fused operators; backward computes the plain path again and differentiates that."""
+
+    @staticmethod
+    def forward(ctx, fused: Callable, unfused: Callable, stale: Callable, *tensors: Tensor):
+        ctx.unfused, ctx.stale = unfused, stale
+        ctx.save_for_backward(*tensors)
+        return fused(*tensors)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        tensors = ctx.saved_tensors
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
+        with torch.enable_grad(), plain_path():
+            # Parameters stay themselves: the plain path reads them from its modules. The input becomes a leaf.
+            first = tensors[0].detach().requires_grad_(ctx.needs_input_grad[3])
+            outputs = ctx.unfused(first, *tensors[1:])
+            leaves = [first if i == 0 else tensors[i] for i in wanted]
+            outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+            followed = [(o, g) for o, g in zip(outputs, grads, strict=False) if o.requires_grad]
+            found = torch.autograd.grad([o for o, _ in followed], leaves, [g for _, g in followed], allow_unused=True)
+        if wanted != [0]:
+            # Whoever asks for gradients of parameters is about to change them.
+            ctx.stale()
+        result: list[Tensor | None] = [None] * len(tensors)
+        for i, grad in zip(wanted, found, strict=False):
+            result[i] = grad
+        return None, None, None, *result
+
+
+def with_gradient(fused: Callable, unfused: Callable, stale: Callable, x: Tensor, parameters: Sequence[Tensor]) -> Any:
+    """`fused(x)` now, and in a backward pass the gradients of `unfused(x)` for `x` and `parameters`.
+
+    Args:
+        fused, unfused: functions of one tensor, the same but for rounding.
+        stale: called after a backward pass that gave gradients to `parameters`.
+        parameters: what `unfused` also depends on.
+    """
+    return _Recompute.apply(lambda first, *_: fused(first), lambda first, *_: unfused(first), stale, x, *parameters)

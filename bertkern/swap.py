@@ -1,0 +1,314 @@
+"""accelerate, quantize_, restore and dequantize: leaves are exchanged and classes changed, the module tree stays."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from . import plan
+from .config import Int8Config
+from .nn import Int8Embedding, Int8Linear, PackedLinear
+from .nn.encoder import Unfit
+from .nn.int8 import finite
+
+# The attribute of a swapped model that holds its record.
+RECORD = "_bertkern"
+
+
+@dataclass
+class Record:
+    """What was done to a model, for the report and for `restore`.
+
+    Attributes:
+        kept: why linear layers kept their float weights, by name.
+        left: why modules were left to torch, by name.
+        attention: the attention implementation that a transformers model had before, by name of the model.
+    """
+
+    kept: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    attention: dict[str, str | None] = field(default_factory=dict)
+
+
+def accelerate(model: nn.Module, sample: object = None, *, keep_padding: bool = False) -> nn.Module:
+    """Makes `model` run by bertkern's kernels, in place; its answers change by no more than float rounding.
+
+    Linear layers, also int8 ones that are already there, run by the kernels; encoders of known families run as one
+    operator. Undo with `restore`.
+
+    Args:
+        model: any module; transformers models inside are found.
+        sample: reserved for choices that need an input to measure.
+        keep_padding: whether hidden states of masked positions are computed too; else they come back as zeros.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> model = accelerate(nn.Sequential(nn.Linear(8, 4), nn.ReLU())).eval()
+
+    Source: the fused layer is that of arXiv 1810.04805 (post-LayerNorm).
+    """
+    _expect_module("accelerate", model)
+    record = _record(model)
+    for choice in plan.choose(model, None):
+        if choice.action == "packed":
+            _pack_in_place(choice.module)
+            record.left.pop(choice.name, None)
+        else:
+            record.left[choice.name] = choice.reason
+    quantized = plan.int8_modules(model)
+    for module in quantized.values():
+        # Now, because torch.compile must find the packed weights when it traces.
+        if isinstance(module, Int8Linear) and module.weight_codes.device.type == "cpu":
+            module.packed()
+    _fuse(model, record, keep_padding)
+    setattr(model, RECORD, record)
+    if quantized:
+        _mark_quantized(model, None)
+    return model
+
+
+def quantize_(model: nn.Module, config: Int8Config | None = None, *, keep_padding: bool = False) -> nn.Module:
+    """Exchanges linear layers and embedding tables for int8 ones, in place, and makes the rest run by the kernels.
+
+    Weights are rounded to int8; activations are rounded per token at run time. Layers are converted one by one, tables
+    in blocks of rows, so that little memory is needed beside the model. Everything is checked before the first change.
+
+    Args:
+        model: any module with linear layers; transformers models inside are found.
+        config: what becomes int8.
+        keep_padding: see `accelerate`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: what cannot be quantized; the model is unchanged then.
+
+    Example:
+        >>> model = quantize_(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), Int8Config(weight="per_tensor"))
+
+    Source: arXiv 1910.06188.
+    """
+    config = Int8Config() if config is None else config
+    _expect_module("quantize_", model)
+    if not isinstance(config, Int8Config):
+        raise TypeError(f"quantize_: expected a config such as Int8Config. Got {type(config).__name__}.")
+    if config.activation == "static":
+        raise ValueError(
+            'quantize_: expected activation "dynamic". Got "static", whose ranges come from training or calibration: '
+            "see bertkern.compress."
+        )
+    if isinstance(model, nn.Linear):
+        raise ValueError("quantize_: expected a module that holds linear layers. Got one: use Int8Linear.from_linear.")
+    if plan.int8_modules(model):
+        raise ValueError("quantize_: expected a float model. Got one that is int8 already: see restore and dequantize.")
+    choices = plan.choose(model, config)
+    tables = _tables(model, config)
+    if not any(choice.action == "int8" for choice in choices):
+        raise ValueError("quantize_: expected at least one linear layer to quantize. Got none.")
+    for choice in choices:
+        if choice.action == "int8" and choice.module.weight.device.type == "meta":
+            raise ValueError(f"quantize_: expected weights on a device. Got {choice.name}.weight on meta.")
+    plan.check_finite(choices)
+    for name, table in tables.items():
+        if not finite(table.weight):
+            raise ValueError(f"quantize_: expected {name}.weight to be finite. Got Inf or NaN.")
+    kept = {choice.name: choice.reason for choice in choices if choice.action == "packed"}
+    names, table_names = [choice.name for choice in choices if choice.action == "int8"], list(tables)
+    ties = _ties(model, names, table_names)
+    # Nothing may hold a float weight any longer: each is freed as its int8 form takes its place.
+    del choices, tables
+    unfuse(model)
+    exchange(model, config, names, table_names, ties)
+    accelerate(model, keep_padding=keep_padding)
+    getattr(model, RECORD).kept = kept
+    _mark_quantized(model, config)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `accelerate` exactly, and `quantize_` if its config kept the originals; in place, returns the model.
+
+    Raises:
+        RuntimeError: int8 layers without their originals; `dequantize` gives the nearest float model.
+    """
+    _expect_module("restore", model)
+    for name, module in plan.int8_modules(model).items():
+        if module.original is None:
+            raise RuntimeError(
+                f"restore: expected int8 layers that keep their originals (keep_original=True). Got {name} without; "
+                "dequantize gives the nearest float model."
+            )
+    _take_out(model, lambda module: module.original[0])
+    return model
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """The nearest float model: int8 layers become nn.Linear and nn.Embedding of code * scale; in place."""
+    _expect_module("dequantize", model)
+    _take_out(model, lambda module: module.dequantize())
+    return model
+
+
+def exchange(model: nn.Module, config: Int8Config, linears: list[str], tables: list[str], ties: dict[str, str]) -> None:
+    """Puts int8 modules in the place of the named ones; also on the meta device, for weights that are yet to come.
+
+    Args:
+        linears, tables: names of nn.Linear and nn.Embedding modules.
+        ties: of `linears` whose weight is a table: the name of the linear -> that of the table.
+    """
+    for name in linears:
+        if name not in ties:
+            _put(model, name, Int8Linear.from_linear(model.get_submodule(name), config))
+    for name in tables:
+        _put(model, name, Int8Embedding.from_embedding(model.get_submodule(name), config))
+    for name, source in ties.items():
+        linear, table = model.get_submodule(name), model.get_submodule(source)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        # The codes of both are the same, row by row, so one tensor serves both.
+        layer = Int8Linear(table.weight_codes, table.weight_scale, bias).train(linear.training)
+        layer.share(table)
+        layer.original = (linear,) if config.keep_original else None
+        _put(model, name, layer)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Gives fused modules and packed layers their classes back."""
+    fused = _fused_class()
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.__dict__.pop("_packed", None)
+            module.__class__ = nn.Linear
+        elif fused is not None and isinstance(module, fused):
+            module.unfuse()
+            module.__class__ = module.unfused()
+    record = getattr(model, RECORD, None)
+    for name, root in plan.pretrained_roots(model).items():
+        if record is not None and name in record.attention and root.config._attn_implementation == "bertkern":
+            root.config._attn_implementation_internal = record.attention[name]
+    if record is not None:
+        delattr(model, RECORD)
+
+
+def family_tables(model: nn.Module) -> list[str]:
+    """The names of the embedding tables that known families sum up in their embeddings."""
+    names = []
+    for prefix, root in plan.pretrained_roots(model).items():
+        for name, module, fused_class in _family_modules(root):
+            for table in getattr(fused_class, "TABLES", ()):
+                if type(getattr(module, table)) is nn.Embedding:
+                    names.append(".".join(part for part in (prefix, name, table) if part))
+    return names
+
+
+def _tables(model: nn.Module, config: Int8Config) -> dict[str, nn.Embedding]:
+    if not config.embeddings:
+        return {}
+    roots = plan.pretrained_roots(model)
+    names = [name for name in family_tables(model) if not plan.skipped(name, config.skip, roots)]
+    return {name: model.get_submodule(name) for name in names}
+
+
+def _family_modules(root: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
+    """The modules of `root` that have a fused class, fused or not: name, module and that class."""
+    from .families import classes_of
+
+    classes = classes_of(getattr(root.config, "model_type", "") or "")
+    fused = set(classes.values())
+    return [
+        (name, module, classes.get(type(module), type(module)))
+        for name, module in root.named_modules()
+        if type(module) in classes or type(module) in fused
+    ]
+
+
+def _fuse(model: nn.Module, record: Record, keep_padding: bool) -> None:
+    for prefix, root in plan.pretrained_roots(model).items():
+        fused_encoder = False
+        # Layers before the encoder that holds them: it asks them for their parts.
+        found = sorted(_family_modules(root), key=lambda item: -item[0].count("."))
+        for name, module, fused_class in found:
+            path = ".".join(part for part in (prefix, name) if part)
+            module.__class__ = fused_class
+            try:
+                module.fuse()
+            except Unfit as reason:
+                module.unfuse()
+                module.__class__ = fused_class.unfused()
+                record.left[path] = str(reason)
+                continue
+            record.left.pop(path, None)
+            if keep_padding:
+                module.keep_padding = True
+            fused_encoder = fused_encoder or hasattr(module, "layers")
+        wants_attentions = getattr(root.config, "output_attentions", False)
+        if fused_encoder and not wants_attentions and root.config._attn_implementation in ("sdpa", "eager"):
+            record.attention[prefix] = root.config._attn_implementation
+            root.config._attn_implementation_internal = "bertkern"
+
+
+def _fused_class() -> type | None:
+    families = sys.modules.get("bertkern.families._fused")
+    return None if families is None else families.Fused
+
+
+def _pack_in_place(linear: nn.Linear) -> None:
+    linear.__class__ = PackedLinear
+    if linear.weight.device.type == "cpu":
+        linear.packed()
+
+
+def _take_out(model: nn.Module, original: Callable[[nn.Module], nn.Module]) -> None:
+    quantized = plan.int8_modules(model)
+    unfuse(model)
+    made = {name: original(module).train(module.training) for name, module in quantized.items()}
+    for name, module in made.items():
+        _put(model, name, module)
+    if quantized:
+        _mark_float(model)
+
+
+def _put(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts `new` where the module `name` stands, there and wherever else the same module does."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[key] = new
+
+
+def _ties(model: nn.Module, linears: list[str], tables: list[str]) -> dict[str, str]:
+    """Of `linears` whose weight is that of one of `tables`: the name of the linear -> that of the table."""
+    sources = {id(model.get_submodule(name).weight): name for name in tables}
+    weights = {name: id(model.get_submodule(name).weight) for name in linears}
+    return {name: sources[weight] for name, weight in weights.items() if weight in sources}
+
+
+def _record(model: nn.Module) -> Record:
+    return getattr(model, RECORD, None) or Record()
+
+
+def _mark_quantized(model: nn.Module, config: Int8Config | None) -> None:
+    roots = plan.pretrained_roots(model)
+    if roots:
+        from . import hf
+
+        for root in roots.values():
+            hf.attach(root, config)
+
+
+def _mark_float(model: nn.Module) -> None:
+    roots = plan.pretrained_roots(model)
+    if roots:
+        from . import hf
+
+        for root in roots.values():
+            hf.detach(root)
+
+
+def _expect_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: expected a torch.nn.Module. Got {type(model).__name__}.")
