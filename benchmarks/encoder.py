@@ -1,0 +1,209 @@
+"""A whole encoder, end to end: latency of any engines on the same inputs, interleaved.
+
+    python -m bertkern bench encoder --threads 2 --shapes 1x32,1x128,8x128,1x384
+    python -m bertkern bench encoder --engines bertkern-int8@avx2,torch-fp32@avx2 --shapes 1x128
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import engines, models, peak
+from .harness import Samples, Worker, WorkerError, ratio, take_turns
+from .results import Run
+
+SHAPES = "1x16,1x32,1x128,8x128,1x384,3x77"
+REFERENCE = "torch-fp32"
+OURS = "bertkern-int8"
+AXIS = "batch x tokens"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch; with padding, sequence lengths are spread evenly so that this share of the positions is padding."""
+
+    batch: int
+    tokens: int
+    padding: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.tokens}" + (f":{self.padding:g}" if self.padding else "")
+
+    @staticmethod
+    def parse(text: str) -> Case:
+        """`8x128`, or `8x128:0.4` for 40 % padding. Raises ValueError."""
+        match = re.fullmatch(r"(\d+)x(\d+)(?::(0?\.\d+))?", text.strip())
+        if not match or not int(match[1]) or not int(match[2]):
+            raise ValueError(f"shape: expected BATCHxTOKENS or BATCHxTOKENS:PADDING, like 8x128:0.4. Got {text!r}.")
+        return Case(int(match[1]), int(match[2]), float(match[3] or 0))
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence; the first is full, so that the batch is as long as it says."""
+        spread = np.linspace(0.0, 2.0 * self.padding, self.batch) if self.batch > 1 else np.zeros(1)
+        return np.maximum(1, np.round(self.tokens * (1.0 - np.minimum(spread, 1.0)))).astype(int)
+
+    def inputs(self, vocab: int) -> dict[str, np.ndarray]:
+        """Random token ids, attention mask, token types; int64 [batch, tokens]."""
+        rng = np.random.default_rng(self.batch * 1000 + self.tokens)
+        ids = rng.integers(min(1000, vocab - 1), vocab, (self.batch, self.tokens))
+        mask = (np.arange(self.tokens)[None] < self.lengths()[:, None]).astype(np.int64)
+        return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def parse_shapes(text: str) -> list[Case]:
+    """`1x32,8x128:0.4` as cases."""
+    return [Case.parse(part) for part in text.split(",")]
+
+
+def start(
+    specs: Sequence[str], family: str, threads: int, python: str | None, stack: ExitStack, **options: Any
+) -> tuple[list[Worker], dict[str, dict[str, Any]], dict[str, str]]:
+    """Starts one worker an engine and opens it.
+
+    Returns: workers that live until `stack` closes, what each said at opening, and the absent ones with the reason.
+    Raises ValueError for a name that does not exist.
+    """
+    workers, opened, absent = [], {}, {}
+    for spec in specs:
+        name = spec.partition("@")[0]
+        if f"{family}/{name}" not in engines.ALL:
+            known = [k.partition("/")[2] for k in engines.ALL if k.startswith(family + "/")]
+            raise ValueError(f"engine: expected one of {', '.join(known)}. Got {name!r}.")
+        worker = stack.enter_context(Worker(spec, threads, python))
+        try:
+            reply = worker.ask("open", engine=f"{family}/{name}", threads=threads, **options)
+        except WorkerError as error:
+            reply = {"failed": f"failed: {error}"}
+        if "versions" in reply:
+            workers.append(worker)
+            opened[spec] = reply
+        else:
+            absent[spec] = f"needs {reply['absent']}" if "absent" in reply else reply["failed"]
+            worker.close()
+    return workers, opened, absent
+
+
+def verify(worker: Worker, reference: str, precision: str) -> dict[str, float]:
+    """Compares a prepared worker with the reference's outputs. Raises WorkerError where they disagree."""
+    got = worker.ask("compare", path=reference)
+    if got["sqnr_db"] < engines.SQNR_FLOOR_DB[precision] or got["cosine"] < engines.COSINE_FLOOR[precision]:
+        raise WorkerError(
+            f"{worker.spec}: outputs differ from {REFERENCE}: expected cosine >= {engines.COSINE_FLOOR[precision]} "
+            f"and SQNR >= {engines.SQNR_FLOOR_DB[precision]:g} dB. "
+            f"Got {got['cosine']:.5f} and {got['sqnr_db']:.1f} dB."
+        )
+    return got
+
+
+def run(
+    specs: Sequence[str] = (OURS, REFERENCE),
+    shapes: Sequence[Case] = tuple(parse_shapes(SHAPES)),
+    model: str = "bert-base",
+    threads: int = 2,
+    rounds: int = 15,
+    seconds: float = 0.25,
+    python: str | None = None,
+    report: Callable[[str], None] = lambda text: None,
+    tick: Callable[[str, int, int], None] | None = None,
+) -> Run:
+    """Measures engines on shapes; see the module's head for the method.
+
+    Args:
+        specs: engine names, `NAME@ISA` to cap one.
+        shapes: cases, each one interleaved run.
+        model: see `models.resolve`.
+        threads: of every engine and of the probe.
+        rounds: turns an engine takes on each shape.
+        seconds: of one turn.
+        python: the interpreter for the engines' processes. Default: this one.
+        report: called with one line of news at a time.
+        tick: called with (what, done, total) as turns complete.
+
+    Returns: rows with metrics latency_ms, ratio (how many times faster than each rival bertkern is), share_of_peak.
+    """
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        probe_worker = stack.enter_context(Worker("probe", threads, python))
+        found = models.resolve(model, lambda folder, seed: probe_worker.ask("make_model", folder=folder, seed=seed), tick)
+        reference = stack.enter_context(Worker(REFERENCE, threads, python))
+        opened = reference.ask("open", engine=f"model/{REFERENCE}", model=str(found.folder), threads=threads)
+        if "absent" in opened:
+            raise WorkerError(f"{REFERENCE}: the reference of every benchmark needs {opened['absent']}.")
+        workers, opened, absent = start(specs, "model", threads, python, stack, model=str(found.folder))
+        for spec, reason in absent.items():
+            report(f"{spec}: absent, {reason}" if reason.startswith("needs") else reason)
+        run = Run(f"encoder-{found.name}-{threads}t", peak.cpu_model(), peak.isa(), threads, absent=absent)
+        run.facts = {"model": found.name, "rounds": rounds, "seconds": seconds}
+        run.facts["engines"] = {spec: said["notes"] for spec, said in opened.items()}
+
+        def probe(_: Worker) -> float:
+            return probe_worker.ask("probe", threads=threads)["peak"]
+
+        run.facts["probe"] = probe_worker.ask("probe", threads=threads)["kind"]
+        for case in shapes:
+            if case.tokens > found.longest:
+                report(f"{case}: left out, {found.name} takes at most {found.longest} tokens")
+                continue
+            inputs, expected = str(scratch / f"{case}.npz"), str(scratch / f"{case}-expected.npz")
+            np.savez(inputs, **{f"{name}_0": value for name, value in case.inputs(found.vocab).items()})
+            reference.ask("prepare", inputs=inputs)
+            reference.ask("save", path=expected)
+            ready, agreement = [], {}
+            for worker in workers:
+                try:
+                    worker.ask("prepare", inputs=inputs)
+                    agreement[worker.spec] = verify(worker, expected, engines.MODELS[worker.name].precision)
+                    ready.append(worker)
+                except WorkerError as error:
+                    report(f"{case}: left out: {error}")
+            if not ready:
+                continue
+            done, total = [0], rounds * len(ready)
+
+            def progress(spec: str, case: Case = case, done: list[int] = done, total: int = total) -> None:
+                done[0] += 1
+                if tick:
+                    tick(f"{case} {spec}", done[0], total)
+
+            samples = take_turns(ready, rounds, seconds, probe, progress=progress)
+            _record(run, found, case, samples, agreement, opened)
+        return run
+
+
+def _record(
+    run: Run,
+    model: models.Model,
+    case: Case,
+    samples: dict[str, Samples],
+    agreement: dict[str, dict[str, float]],
+    opened: dict[str, dict[str, Any]],
+) -> None:
+    x = (AXIS, str(case))
+    macs = model.macs_per_token * int(case.lengths().sum())
+    for spec, s in samples.items():
+        config = {
+            "model": model.name,
+            "padding": case.padding,
+            "rounds": len(s.ms),
+            "accepted": round(s.accepted_share, 2),
+            "cosine": round(agreement[spec]["cosine"], 6),
+            "sqnr_db": round(agreement[spec]["sqnr_db"], 1),
+        }
+        versions = opened[spec]["versions"]
+        run.add("encoder", spec, "latency_ms", x, (s.median, s.p20, s.p80), config, versions)
+        if run.facts["probe"] == "int8" and s.best_probe:
+            shares = [macs / (ms * 1e6) / s.best_probe for ms in (s.median, s.p80, s.p20)]
+            run.add("encoder", spec, "share_of_peak", x, tuple(shares), config | {"peak_gmac_s": s.best_probe}, versions)
+    ours = [spec for spec in samples if spec.startswith("bertkern")]
+    for fast in ours:
+        for slow in samples:
+            if slow not in ours:
+                run.add("encoder", f"{slow} / {fast}", "ratio", x, ratio(samples[slow], samples[fast]))
