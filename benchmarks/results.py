@@ -5,7 +5,7 @@
 | kernel | what was measured: encoder, gemm, demo |
 | provider | the engine, or `SLOW / FAST` for a ratio |
 | metric | latency_ms, ratio, share_of_peak, gb_s, sentences_s, spearman, size_mb |
-| x_name, x_value | the axis: "batch x tokens" 1x128, "M x N x K" 128x768x3072 |
+| x_name, x_value | the axis: "batch x tokens" 1x128, "M x N x K, epilogue" 128x768x3072 bf16 |
 | median, p20, p80 | over accepted turns |
 | config | JSON: threads, isa, padding, rounds, accepted share, agreement with fp32 torch |
 | device | processor, cores |
@@ -79,6 +79,14 @@ class Run:
             if (row.provider, row.metric, row.x_value) == (provider, metric, x_value):
                 return row
         return None
+
+    def x_values(self, metric: str) -> list[str]:
+        """The points of the axis that have this metric, in order of measurement."""
+        return list(dict.fromkeys(row.x_value for row in self.rows if row.metric == metric))
+
+    def providers(self, metric: str) -> list[str]:
+        """The providers that have this metric, in order of measurement."""
+        return list(dict.fromkeys(row.provider for row in self.rows if row.metric == metric))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
