@@ -91,13 +91,13 @@ def start(
     return workers, opened, absent
 
 
-def verify(worker: Worker, reference: str, precision: str) -> dict[str, float]:
-    """Compares a prepared worker with the reference's outputs. Raises WorkerError where they disagree."""
-    got = worker.ask("compare", path=reference)
-    if got["sqnr_db"] < engines.SQNR_FLOOR_DB[precision] or got["cosine"] < engines.COSINE_FLOOR[precision]:
+def check(spec: str, got: dict[str, float]) -> dict[str, float]:
+    """Returns what `engines.agreement` found, or raises WorkerError where the engine's outputs are wrong."""
+    precision = (engines.MODELS.get(spec.partition("@")[0]) or engines.LINEARS[spec.partition("@")[0]]).precision
+    cosine, sqnr = engines.COSINE_FLOOR[precision], engines.SQNR_FLOOR_DB[precision]
+    if got["sqnr_db"] < sqnr or got["cosine"] < cosine:
         raise WorkerError(
-            f"{worker.spec}: outputs differ from {REFERENCE}: expected cosine >= {engines.COSINE_FLOOR[precision]} "
-            f"and SQNR >= {engines.SQNR_FLOOR_DB[precision]:g} dB. "
+            f"{spec}: outputs differ from {REFERENCE}: expected cosine >= {cosine} and SQNR >= {sqnr:g} dB. "
             f"Got {got['cosine']:.5f} and {got['sqnr_db']:.1f} dB."
         )
     return got
@@ -160,7 +160,7 @@ def run(
             for worker in workers:
                 try:
                     worker.ask("prepare", inputs=inputs)
-                    agreement[worker.spec] = verify(worker, expected, engines.MODELS[worker.name].precision)
+                    agreement[worker.spec] = check(worker.spec, worker.ask("compare", path=expected))
                     ready.append(worker)
                 except WorkerError as error:
                     report(f"{case}: left out: {error}")

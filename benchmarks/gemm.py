@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from . import engines, peak
-from .encoder import start, verify
+from .encoder import check, start
 from .harness import Samples, Worker, WorkerError, ratio, take_turns
 from .results import Run
 
@@ -89,7 +89,7 @@ def run(
             for worker in workers:
                 try:
                     worker.ask("prepare", m=m, n=n, k=k, epilogue=epilogue, copies=copies)
-                    agreement[worker.spec] = verify(worker, expected, engines.LINEARS[worker.name].precision)
+                    agreement[worker.spec] = check(worker.spec, worker.ask("compare", path=expected))
                     ready.append(worker)
                 except WorkerError as error:
                     if "has no epilogue" not in str(error):

@@ -42,11 +42,12 @@ def _bars(axes: Any, names: list[str], values: list[float], labels: list[str], s
     axes.barh(at, values, color=colors, height=0.72)
     if spread:
         axes.errorbar(values, at, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
-    for y, value, label in zip(at, values, labels, strict=True):
-        axes.annotate(label, (value, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+    ends = [v + s for v, s in zip(values, spread[1], strict=True)] if spread else values
+    for y, end, label in zip(at, ends, labels, strict=True):
+        axes.annotate(label, (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(list(at), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(values) * 1.22)
+    axes.set_xlim(0, max(ends) * 1.22)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
@@ -72,7 +73,7 @@ def _latency(run: Run, plt: Any) -> Any:
         spread = [[r.median - r.p20 for r in rows], [r.p80 - r.median for r in rows]]
         _bars(axes, [r.provider for r in rows], [r.median for r in rows], [milliseconds(r.median) for r in rows], spread)
         axes.set_title(shape, loc="left", fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
     _headline(figure, run, f"{run.facts.get('model', '')}, milliseconds a batch (batch x tokens); shorter is better")
     return figure
 
@@ -115,14 +116,16 @@ def _gemm(run: Run, plt: Any) -> Any:
 
 
 def _demo(run: Run, plt: Any) -> Any:
-    """Speed on the left, agreement with human scores on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.42 * len(run.providers("sentences_s")) + 1.6))
-    rows = [r for r in run.rows if r.metric == "sentences_s"]
-    _bars(left, [r.provider for r in rows], [r.median for r in rows], [f"{r.median:,.0f}" for r in rows])
-    left.set_title("sentences a second, batches of real lengths", loc="left", fontsize=10)
-    scores = [r for r in run.rows if r.metric == "spearman"]
-    _bars(right, [r.provider for r in scores], [r.median for r in scores], [f"{r.median:.4f}" for r in scores])
-    right.set_title("Spearman, STS Benchmark test set", loc="left", fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
-    _headline(figure, run, "all-MiniLM-L6-v2 on real sentences")
+    """Speed one by one and in batches, and agreement with human scores."""
+    calls = run.x_values("sentences_s")
+    panels = [("sentences_s", x, f"sentences a second, {x} at a time", "{:,.0f}") for x in calls]
+    panels.append(("spearman", "STS-B", "Spearman, STS Benchmark test set", "{:.4f}"))
+    height = 0.34 * len(run.providers("spearman")) + 1.1
+    figure, grid = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), height), squeeze=False)
+    for axes, (metric, x, title, form) in zip(grid.flat, panels, strict=True):
+        rows = [r for r in run.rows if r.metric == metric and r.x_value == x]
+        _bars(axes, [r.provider for r in rows], [r.median for r in rows], [form.format(r.median) for r in rows])
+        axes.set_title(title, loc="left", fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / height))
+    _headline(figure, run, "all-MiniLM-L6-v2 on the sentences of the STS Benchmark")
     return figure

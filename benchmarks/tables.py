@@ -11,7 +11,7 @@ from .results import Row, Run
 
 def render(run: Run) -> Group:
     """The run's facts and its tables, best of each column in bold."""
-    draw = {"encoder": _encoder, "gemm": _gemm}.get(run.name.partition("-")[0], _encoder)
+    draw = {"encoder": _encoder, "gemm": _gemm, "demo": _demo}.get(run.name.partition("-")[0], _encoder)
     parts = [Text(facts_line(run), style="dim"), *draw(run)]
     if run.absent:
         parts.append(Text("\n".join(f"{name}: {why}" for name, why in run.absent.items()), style="dim"))
@@ -42,27 +42,27 @@ def milliseconds(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _cell(row: Row | None, best: float) -> Text | str:
-    """`12.6 (12.4-12.9)`, and the share of turns that counted where some did not."""
+def _cell(row: Row | None, best: float) -> Text:
+    """The median; under it p20-p80, and the share of turns that counted where some did not."""
     if row is None:
-        return ""
-    text = f"{milliseconds(row.median)} ({milliseconds(row.p20)}-{milliseconds(row.p80)})"
+        return Text("-", style="dim")
+    spread = f"{milliseconds(row.p20)}-{milliseconds(row.p80)}"
     accepted = row.config.get("accepted", 1.0)
     if accepted < 1.0:
-        text += f" {accepted:.0%}"
-    return Text(text, style="bold" if row.median == best else "")
+        spread += f" {accepted:.0%}"
+    return Text.assemble((milliseconds(row.median), "bold" if row.median == best else ""), "\n", (spread, "dim"))
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        table.add_column(column, justify="right" if i else "left", no_wrap="\n" not in column)
     return table
 
 
 def _encoder(run: Run) -> list[Table]:
     shapes, names = run.x_values("latency_ms"), run.providers("latency_ms")
-    latency = _table("milliseconds: median (p20-p80), share of turns that counted if not all", "engine", *shapes)
+    latency = _table("milliseconds: median, under it p20-p80 and the share of turns that counted if not all", "engine", *shapes)
     best = {
         x: min(row.median for row in run.rows if row.metric == "latency_ms" and row.x_value == x) for x in shapes
     }
@@ -98,4 +98,23 @@ def _gemm(run: Run) -> list[Table]:
             note = f" {share.median:.0%}" if share else f" {rate.median:.1f} GB/s" if rate else ""
             cells.append(milliseconds(row.median) + note if row else "")
         table.add_row(x, *cells)
+    return [table]
+
+
+def _demo(run: Run) -> list[Table]:
+    names, calls = run.providers("spearman"), run.x_values("sentences_s")
+    columns = ["Spearman\nSTS-B", "weights\nMB", *(f"sentences/s\n{x} at a time" for x in calls)]
+    table = _table(f"{run.facts['model']}, {run.facts['pairs']:,} pairs of sentences", "engine", *columns)
+    for name in names:
+        spearman, size = run.find(name, "spearman", "STS-B"), run.find(name, "size_mb", "weights")
+        rates = [run.find(name, "sentences_s", x) for x in calls]
+        table.add_row(
+            name,
+            f"{spearman.median:.4f}",
+            f"{size.median:.1f}" if size else "-",
+            *(f"{rate.median:,.0f}" if rate else "-" for rate in rates),
+        )
+    for name in run.providers("ratio"):
+        found = [run.find(name, "ratio", x) for x in calls]
+        table.add_row(Text(name, style="dim"), "", "", *(f"{row.median:.2f}x" if row else "" for row in found))
     return [table]

@@ -36,10 +36,9 @@ class Session:
         return {}
 
     def prepare(self, **case: Any) -> dict[str, Any]:
-        """Gives the engine its input; compiles where an engine compiles."""
-        notes = self.engine.prepare(**case) or {}
-        self.engine.run()
-        return {"notes": notes}
+        """Gives the engine its input."""
+        self.engine.prepare(**case)
+        return {}
 
     def save(self, path: str) -> dict[str, Any]:
         """Writes the outputs to `path` (npz), for the other engines to compare with."""
@@ -54,6 +53,10 @@ class Session:
 
         with np.load(path) as reference:
             return engines.agreement(dict(reference), self.engine.outputs())
+
+    def describe(self) -> dict[str, Any]:
+        """What the engine can tell of its model: `size_mb` as saved, `report` of what was swapped."""
+        return {"size_mb": self.engine.size_mb(), "report": self.engine.report()}
 
     def turn(self, seconds: float) -> dict[str, Any]:
         """One untimed call, then timed calls for `seconds`, at least one. Reply: `ms`, one value a call."""

@@ -68,8 +68,8 @@ class Engine:
     def __init__(self) -> None:
         self.notes: dict[str, Any] = {}
 
-    def prepare(self, **case: Any) -> dict[str, Any] | None:
-        """Takes a case; may return notes on it."""
+    def prepare(self, **case: Any) -> None:
+        """Takes a case."""
         raise NotImplementedError
 
     def run(self) -> None:
@@ -79,6 +79,14 @@ class Engine:
     def outputs(self) -> dict[str, np.ndarray]:
         """Calls once more and returns named fp32 arrays; those named `mask_*` say which rows count."""
         raise NotImplementedError
+
+    def size_mb(self) -> float | None:
+        """Megabytes of the model as this engine saves it; None where that means nothing."""
+        return None
+
+    def report(self) -> str | None:
+        """What the engine changed in the model, for people; None where it has nothing to say."""
+        return None
 
     def versions(self) -> dict[str, str]:
         """Versions of the packages that do the work."""

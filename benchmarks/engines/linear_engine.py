@@ -27,7 +27,7 @@ class Linear(Engine):
         super().__init__()
         torch.set_num_threads(threads)
 
-    def prepare(self, m: int, n: int, k: int, epilogue: str, copies: int = 1) -> dict[str, Any]:
+    def prepare(self, m: int, n: int, k: int, epilogue: str, copies: int = 1) -> None:
         """M rows, weight [n, k]; `copies` > 1 rotates over as many weights, so that none is in a cache when used."""
         if epilogue not in self.epilogues:
             raise ValueError(f"has no epilogue {epilogue!r}")
@@ -38,7 +38,6 @@ class Linear(Engine):
         self.n, self.epilogue, self.next = n, epilogue, 0
         self.input = self.feed(x)
         self.packed = [self.pack(weight.clone(), bias) for _ in range(copies)]
-        return {}
 
     def run(self) -> Any:
         self.next = (self.next + 1) % len(self.packed)

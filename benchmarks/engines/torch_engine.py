@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,15 @@ class Eager(ModelEngine):
         return out.last_hidden_state, getattr(out, "pooler_output", None)
 
 
+    def size_mb(self) -> float:
+        """Weights as `save_pretrained` writes them."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors")) / 1e6
+
+
 class EagerBf16(Eager):
     def change(self, model: torch.nn.Module) -> Any:
         return model.bfloat16()
@@ -101,6 +111,14 @@ class QuantizeDynamic(Eager):
         warnings.simplefilter("ignore")
         self.notes["backend"] = torch.backends.quantized.engine
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+    def size_mb(self) -> float:
+        """The pickled state dict: quantize_dynamic has no other form on disk."""
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(self.model.state_dict(), buffer)
+        return len(buffer.getvalue()) / 1e6
 
 
 class TorchAo(Eager):
