@@ -139,6 +139,9 @@ def run(
         if not workers:
             return run
 
+        def probe(_: Worker) -> float:
+            return probe_worker.ask("probe", threads=threads)["peak"]
+
         # Speed on a sample that keeps the mix of lengths: every tenth batch, and single sentences spread over all.
         singles, _ = batches(sentences[:: len(sentences) // 24], folder, 1)
         for name, chosen, size in (("1", singles, 1), (str(BATCH), grouped[5::10], BATCH)):
@@ -152,7 +155,6 @@ def run(
                 if tick:
                     tick(f"{spec}, {name} at a time", done[0], total)
 
-            probe = lambda _: probe_worker.ask("probe", threads=threads)["peak"]  # noqa: E731
             samples = take_turns(workers, rounds, seconds, probe, progress=progress)
             count = sum(len(batch["input_ids"]) for batch in chosen)
             for spec, s in samples.items():

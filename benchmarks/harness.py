@@ -59,7 +59,7 @@ class Worker:
         package = __package__ or "benchmarks"
         root = Path(__file__).resolve().parents[package.count(".") + 1]
         env = dict(os.environ)
-        env.update({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"})
+        env.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
         env.update(ISA_VARIABLES.get(isa, {}))
         env["PYTHONPATH"] = os.pathsep.join(p for p in (str(root), env.get("PYTHONPATH", "")) if p)
         self._log = tempfile.TemporaryFile("w+", errors="replace")

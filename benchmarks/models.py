@@ -23,12 +23,12 @@ class Model:
     macs_per_token: int  # of the linear layers of the encoder: the work that a dense int8 engine cannot avoid
 
 
-def resolve(name: str, make: Callable[[str, int], None], progress: fetch.Progress | None = None) -> Model:
+def resolve(name: str, make: Callable[..., object], progress: fetch.Progress | None = None) -> Model:
     """Finds or makes a model.
 
     Args:
         name: "bert-base" (random weights: speed does not depend on them), "minilm", or a folder with a config.json.
-        make: called with (folder, seed) where the random model must be written first, see `write_random_bert`.
+        make: called with folder= and seed= where the random model must be written first, see `write_random_bert`.
         progress: for the download of "minilm".
 
     Raises ValueError for anything else.
@@ -36,7 +36,7 @@ def resolve(name: str, make: Callable[[str, int], None], progress: fetch.Progres
     if name == "bert-base":
         folder = fetch.cache_dir() / "bench" / f"bert-base-seed{SEED}"
         if not (folder / "model.safetensors").exists():
-            make(str(folder), SEED)
+            make(folder=str(folder), seed=SEED)
     elif name == "minilm":
         folder = fetch.fetch(fetch.MINILM, progress)
     else:

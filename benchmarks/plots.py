@@ -71,7 +71,9 @@ def _latency(run: Run, plt: Any) -> Any:
     for axes, shape in zip(grid.flat, shapes, strict=False):
         rows = sorted((r for r in run.rows if r.metric == "latency_ms" and r.x_value == shape), key=lambda r: r.median)
         spread = [[r.median - r.p20 for r in rows], [r.p80 - r.median for r in rows]]
-        _bars(axes, [r.provider for r in rows], [r.median for r in rows], [milliseconds(r.median) for r in rows], spread)
+        _bars(
+            axes, [r.provider for r in rows], [r.median for r in rows], [milliseconds(r.median) for r in rows], spread
+        )
         axes.set_title(shape, loc="left", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
     _headline(figure, run, f"{run.facts.get('model', '')}, milliseconds a batch (batch x tokens); shorter is better")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -12,9 +12,11 @@ from .results import Row, Run
 def render(run: Run) -> Group:
     """The run's facts and its tables, best of each column in bold."""
     draw = {"encoder": _encoder, "gemm": _gemm, "demo": _demo}.get(run.name.partition("-")[0], _encoder)
-    parts = [Text(facts_line(run), style="dim"), *draw(run)]
+    parts: list[RenderableType] = [Text(facts_line(run), style="dim")]
+    for title, table in draw(run):
+        parts += ["", Text(title, style="bold"), table]
     if run.absent:
-        parts.append(Text("\n".join(f"{name}: {why}" for name, why in run.absent.items()), style="dim"))
+        parts += ["", Text("\n".join(f"{name}: {why}" for name, why in run.absent.items()), style="dim")]
     return Group(*parts)
 
 
@@ -53,43 +55,41 @@ def _cell(row: Row | None, best: float) -> Text:
     return Text.assemble((milliseconds(row.median), "bold" if row.median == best else ""), "\n", (spread, "dim"))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap="\n" not in column)
     return table
 
 
-def _encoder(run: Run) -> list[Table]:
+def _encoder(run: Run) -> list[tuple[str, Table]]:
     shapes, names = run.x_values("latency_ms"), run.providers("latency_ms")
-    latency = _table("milliseconds: median, under it p20-p80 and the share of turns that counted if not all", "engine", *shapes)
-    best = {
-        x: min(row.median for row in run.rows if row.metric == "latency_ms" and row.x_value == x) for x in shapes
-    }
+    latency = _table("engine", *shapes)
+    best = {x: min(row.median for row in run.rows if row.metric == "latency_ms" and row.x_value == x) for x in shapes}
     for name in names:
         latency.add_row(name, *(_cell(run.find(name, "latency_ms", x), best[x]) for x in shapes))
-    tables = [latency]
+    tables = [("milliseconds: median, under it p20-p80 and the share of turns that counted if not all", latency)]
     for metric, title, form in (
         ("ratio", "times faster, by pairs of turns", "{:.2f}x"),
         ("share_of_peak", "share of the int8 peak (linear layers alone)", "{:.0%}"),
     ):
         if not run.providers(metric):
             continue
-        table = _table(title, "", *shapes)
+        table = _table("", *shapes)
         for name in run.providers(metric):
             found = [run.find(name, metric, x) for x in shapes]
             table.add_row(name, *(form.format(row.median) if row else "" for row in found))
-        tables.append(table)
-    checks = _table("agreement with fp32 torch: SQNR, dB", "", *shapes)
+        tables.append((title, table))
+    checks = _table("", *shapes)
     for name in names:
         found = [run.find(name, "latency_ms", x) for x in shapes]
         checks.add_row(name, *(f"{row.config['sqnr_db']:.1f}" if row else "" for row in found))
-    return [*tables, checks]
+    return [*tables, ("agreement with fp32 torch: SQNR, dB", checks)]
 
 
-def _gemm(run: Run) -> list[Table]:
+def _gemm(run: Run) -> list[tuple[str, Table]]:
     points, names = run.x_values("latency_ms"), run.providers("latency_ms")
-    table = _table("milliseconds: median; share of the int8 peak, or GB/s with cold weights at M=1", "M x N x K", *names)
+    table = _table("M x N x K", *names)
     for x in points:
         cells = []
         for name in names:
@@ -98,13 +98,13 @@ def _gemm(run: Run) -> list[Table]:
             note = f" {share.median:.0%}" if share else f" {rate.median:.1f} GB/s" if rate else ""
             cells.append(milliseconds(row.median) + note if row else "")
         table.add_row(x, *cells)
-    return [table]
+    return [("milliseconds: median; share of the int8 peak, or GB/s with cold weights at M=1", table)]
 
 
-def _demo(run: Run) -> list[Table]:
+def _demo(run: Run) -> list[tuple[str, Table]]:
     names, calls = run.providers("spearman"), run.x_values("sentences_s")
     columns = ["Spearman\nSTS-B", "weights\nMB", *(f"sentences/s\n{x} at a time" for x in calls)]
-    table = _table(f"{run.facts['model']}, {run.facts['pairs']:,} pairs of sentences", "engine", *columns)
+    table = _table("engine", *columns)
     for name in names:
         spearman, size = run.find(name, "spearman", "STS-B"), run.find(name, "size_mb", "weights")
         rates = [run.find(name, "sentences_s", x) for x in calls]
@@ -117,4 +117,4 @@ def _demo(run: Run) -> list[Table]:
     for name in run.providers("ratio"):
         found = [run.find(name, "ratio", x) for x in calls]
         table.add_row(Text(name, style="dim"), "", "", *(f"{row.median:.2f}x" if row else "" for row in found))
-    return [table]
+    return [(f"{run.facts['model']}, {run.facts['pairs']:,} pairs of sentences", table)]

@@ -89,7 +89,6 @@ class Eager(ModelEngine):
             out = self.model(**batch)
         return out.last_hidden_state, getattr(out, "pooler_output", None)
 
-
     def size_mb(self) -> float:
         """Weights as `save_pretrained` writes them."""
         import tempfile
