@@ -140,7 +140,7 @@ def run(
             return run
 
         def probe(_: Worker) -> float:
-            return probe_worker.ask("probe", threads=threads)["peak"]
+            return probe_worker.ask("quiet", threads=threads)["quiet"]
 
         # Speed on a sample that keeps the mix of lengths: every tenth batch, and single sentences spread over all.
         singles, _ = batches(sentences[:: len(sentences) // 24], folder, 1)

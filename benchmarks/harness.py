@@ -60,6 +60,7 @@ class Worker:
         root = Path(__file__).resolve().parents[package.count(".") + 1]
         env = dict(os.environ)
         env.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
+        env["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which only the probes use
         env.update(ISA_VARIABLES.get(isa, {}))
         env["PYTHONPATH"] = os.pathsep.join(p for p in (str(root), env.get("PYTHONPATH", "")) if p)
         self._log = tempfile.TemporaryFile("w+", errors="replace")
@@ -189,7 +190,7 @@ def take_turns(
         workers: workers whose case is prepared.
         rounds: turns of each worker.
         seconds: time of one turn.
-        probe: returns the machine's momentary peak (any unit), measured around each turn; None = accept every turn.
+        probe: how undisturbed the machine is (any unit), measured around each turn; None = accept every turn.
         pause: seconds of silence after each turn.
         progress: called with the worker's name after each turn.
 

@@ -1,15 +1,22 @@
 """What the machine can do at this moment: the yardstick of every share, and the test that nothing disturbs a timing.
 
-With bertkern's host module: its register-only int8 loop (GMAC/s) and its streaming read (GB/s). Without it (in a rival's
-interpreter, or before the build) an fp32 matmul of torch or numpy stands in, good only for telling quiet from disturbed.
+The yardsticks are bertkern's own probes: a loop of int8 dot products on registers, and a streaming read. Both take the
+best of many short runs, so they see through disturbances. The test for quiet does the opposite: small matrix products,
+on every thread at once, counted over all of a fixed time, so that whatever takes time away shows.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
 
 
 @cache
@@ -21,39 +28,19 @@ def _host() -> Any:
     return _host
 
 
-def kind() -> str:
-    """What `compute` measures: "int8" (GMAC/s of the int8 dot products) or "fp32 matmul" (GMAC/s, a stand-in)."""
-    return "int8" if _host() is not None else "fp32 matmul"
-
-
-@cache
-def _operands() -> Any:
-    import numpy as np
-
-    return np.ones((256, 256), np.float32), np.ones((256, 256), np.float32)
-
-
-def compute(threads: int, seconds: float = 0.02) -> float:
-    """Peak of `threads` threads together, GMAC/s (see `kind`)."""
+def int8_peak(threads: int) -> float | None:
+    """Sum over `threads` threads at once of the int8 register peak, GMAC/s; None without bertkern's host module."""
     host = _host()
-    if host is not None:
-        return float(host.peak("int8", threads, seconds))
-    a, b = _operands()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return a.shape[0] ** 3 / best / 1e9
+    if host is None:
+        return None
+    return sum(_together(threads, lambda: float(host.peak("int8"))))
 
 
 def read(threads: int, megabytes: int = 512) -> float:
-    """Read bandwidth over a buffer beyond the caches, GB/s."""
+    """Read bandwidth over a buffer beyond the caches, GB/s; without the host module by numpy, on one thread."""
     host = _host()
-    if host is not None and hasattr(host, "read_bandwidth"):
-        return float(host.read_bandwidth(threads, megabytes))
-    import numpy as np
-
+    if host is not None:
+        return float(host.read_bandwidth(threads))
     data = np.ones(megabytes << 17, np.float64)
     best = float("inf")
     for _ in range(3):
@@ -61,6 +48,43 @@ def read(threads: int, megabytes: int = 512) -> float:
         data.max()
         best = min(best, time.perf_counter() - start)
     return data.nbytes / best / 1e9
+
+
+def quiet(threads: int, seconds: float = 0.02) -> float:
+    """fp32 matrix products that `threads` threads get done together within `seconds`, GMAC/s.
+
+    numpy's BLAS must run on one thread (`harness.Worker` sees to it).
+    """
+
+    end = time.perf_counter() + seconds
+
+    def products() -> tuple[float, int, float]:
+        a, b, out = _operands()
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() < end:
+            np.matmul(a, b, out=out)
+            done += a.shape[0] ** 3
+        return start, done, time.perf_counter()
+
+    starts, done, ends = zip(*_together(threads, products), strict=True)
+    return sum(done) / (max(ends) - min(starts)) / 1e9
+
+
+def _operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    side = 192  # three such matrices stay in a second-level cache
+    return np.ones((side, side), np.float32), np.ones((side, side), np.float32), np.empty((side, side), np.float32)
+
+
+@cache
+def _team(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def _together(threads: int, work: Callable[[], T]) -> list[T]:
+    """Runs `work` on that many threads at once."""
+    if threads == 1:
+        return [work()]
+    return [future.result() for future in [_team(threads).submit(work) for _ in range(threads)]]
 
 
 def cpu_model() -> str:

@@ -70,13 +70,17 @@ class Session:
             times.append((time.perf_counter() - start) * 1e3)
         return {"ms": times}
 
-    def probe(self, threads: int, seconds: float = 0.02) -> dict[str, Any]:
-        """The processor's peak right now, see `peak.py`."""
-        return {"peak": peak.compute(threads, seconds), "kind": peak.kind()}
+    def quiet(self, threads: int) -> dict[str, Any]:
+        """How undisturbed the machine is right now, see `peak.quiet`."""
+        return {"quiet": peak.quiet(threads)}
 
-    def read_probe(self, threads: int, megabytes: int = 512) -> dict[str, Any]:
-        """The memory's read bandwidth right now, GB/s."""
-        return {"read": peak.read(threads, megabytes)}
+    def peak(self, threads: int) -> dict[str, Any]:
+        """The int8 peak of this process, GMAC/s, or None."""
+        return {"peak": peak.int8_peak(threads)}
+
+    def read(self, threads: int) -> dict[str, Any]:
+        """The memory's read bandwidth, GB/s."""
+        return {"read": peak.read(threads)}
 
 
 def main() -> None:
