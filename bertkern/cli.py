@@ -1,6 +1,6 @@
 """The command line: `python -m bertkern {doctor,inspect,quantize,bench,demo}`.
 
-Nothing heavy is imported before a command needs it: `--help` and usage errors answer at once.
+Each command imports what it needs when it runs, and mistakes of the caller are found before anything is loaded or changed.
 """
 
 from __future__ import annotations
@@ -203,9 +203,10 @@ def _plain(value: Any) -> str:
 
 def inspect(arguments: argparse.Namespace) -> None:
     """Prints the report of a model."""
+    model = load_model(arguments.model)
     import bertkern
 
-    report = bertkern.inspect(load_model(arguments.model))
+    report = bertkern.inspect(model)
     print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
 
 
