@@ -2,8 +2,8 @@
 
     python -m bertkern demo
 
-all-MiniLM-L6-v2 embeds the 2,758 sentences of the STS Benchmark test set, in fp32 and in int8; Spearman's correlation of
-the cosines with human scores tells what int8 costs, and sentences a second what it gains. Needs transformers, no
+all-MiniLM-L6-v2 embeds the 2,758 sentences of the STS Benchmark test set, in fp32 and in int8; Spearman's correlation
+of the cosines with human scores tells what int8 costs, and sentences a second what it gains. Needs transformers, no
 sentence-transformers, no hub.
 """
 
@@ -92,8 +92,8 @@ def run(
 ) -> Run:
     """Runs the demo; arguments as in `encoder.run`.
 
-    Returns: rows with metrics spearman, size_mb, sentences_s (batches of 32, and one by one) and ratio; `facts["report"]`
-    tells what bertkern swapped.
+    Returns: rows with metrics spearman, size_mb, sentences_s (batches of 32, and one by one) and ratio;
+    `facts["report"]` tells what bertkern swapped.
     """
     folder = fetch.fetch(fetch.MINILM, tick)
     pairs = fetch.sts_pairs(fetch.fetch(fetch.STSB, tick))

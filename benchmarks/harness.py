@@ -1,4 +1,4 @@
-"""Fair timing of rival engines: one process each, turns with a pause between, and a probe of the machine around each turn.
+"""Fair timing of rival engines: one process each, turns with a pause between, a probe of the machine around each.
 
 The parent needs neither torch nor any engine: it starts workers (`worker.py`), speaks JSON lines with them over pipes,
 and keeps the statistics.
@@ -63,7 +63,7 @@ class Worker:
         env["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which only the probes use
         env.update(ISA_VARIABLES.get(isa, {}))
         env["PYTHONPATH"] = os.pathsep.join(p for p in (str(root), env.get("PYTHONPATH", "")) if p)
-        self._log = tempfile.TemporaryFile("w+", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
             [python or sys.executable, "-m", f"{package}.worker"],
             stdin=subprocess.PIPE,

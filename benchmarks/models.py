@@ -1,4 +1,4 @@
-"""The models that the benchmarks run: BERT-base with seeded random weights, a real sentence encoder, or a user's folder."""
+"""The models that the benchmarks run: BERT-base with random weights, a real sentence encoder, or a user's folder."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ def _host() -> Any:
 
 
 def int8_peak(threads: int) -> float | None:
-    """Sum over `threads` threads at once of the int8 register peak, GMAC/s; None without bertkern's host module."""
+    """The int8 register peak of `threads` threads together, GMAC/s; None without bertkern's host module."""
     host = _host()
     if host is None:
         return None
-    return sum(_together(threads, lambda: float(host.peak("int8"))))
+    return float(host.peak("int8", threads))
 
 
 def read(threads: int, megabytes: int = 512) -> float:
@@ -105,7 +105,7 @@ def cpu_model() -> str:
 
 
 def isa() -> str:
-    """The highest of the instruction sets that int8 kernels care about, as bertkern sees it or as the kernel lists it."""
+    """The highest of the instruction sets that int8 kernels care about, as bertkern sees it or the kernel lists it."""
     try:
         from bertkern import cpu_isa
 

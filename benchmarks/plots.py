@@ -81,7 +81,7 @@ def _latency(run: Run, plt: Any) -> Any:
 
 
 def _gemm(run: Run, plt: Any) -> Any:
-    """One panel an epilogue: the share of the int8 peak over M, one line a layer; without shares, plain milliseconds."""
+    """One panel an epilogue: share of the int8 peak over M, one line a layer; without shares, milliseconds."""
     metric = "share_of_peak" if run.providers("share_of_peak") else "latency_ms"
     points = [(*x.split(" ", 1), x) for x in run.x_values(metric)]
     epilogues = list(dict.fromkeys(epilogue for _, epilogue, _ in points))

@@ -18,7 +18,7 @@ from .tables import facts_line, milliseconds
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
 ENCODER, DEMO = "encoder-bert-base-2t", "demo-minilm-2t"
-EMPTY = "*Not measured yet on this version: `make bench` measures, then `python -m benchmarks.readme_table` fills this.*"
+EMPTY = "*Not measured yet: `benchmarks/campaign.sh` measures and fills this.*"
 
 
 def table(results: Path) -> str:
@@ -71,7 +71,8 @@ def _demo(run: Run) -> str:
     for name in run.providers("spearman"):
         size = run.find(name, "size_mb", "weights")
         rates = [run.find(name, "sentences_s", x) for x in calls]
-        row = [_strong(name), f"{run.find(name, 'spearman', 'STS-B').median:.4f}", f"{size.median:.0f}" if size else "-"]
+        score = run.find(name, "spearman", "STS-B").median
+        row = [_strong(name), f"{score:.4f}", f"{size.median:.0f}" if size else "-"]
         rows.append(row + [f"{rate.median:,.0f}" if rate else "-" for rate in rates])
     header = ["all-MiniLM-L6-v2", "Spearman, STS-B test", "MB", *(f"sentences/s, {x} at a time" for x in calls)]
     return _markdown(header, rows)

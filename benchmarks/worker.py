@@ -92,7 +92,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             reply = getattr(session, request.pop("do"))(**request)
-        except Exception as error:  # noqa: BLE001 - whatever an engine raises is a reply
+        except Exception as error:  # whatever an engine raises is a reply
             import traceback
 
             traceback.print_exc()

@@ -1,6 +1,6 @@
 """The command line: `python -m bertkern {doctor,inspect,quantize,bench,demo}`.
 
-Each command imports what it needs when it runs, and mistakes of the caller are found before anything is loaded or changed.
+Each command imports what it needs when it runs; mistakes of the caller are found before anything is changed.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         _examples("demo", "demo --threads 1 --rounds 3 --out build/demo") + "\nFetches 84 MB on the first run.\n",
     )
     sub.add_argument("--engines", default="torch-fp32,torch-int8,bertkern-int8", help="default: %(default)s")
-    sub.add_argument("--out", type=Path, default=Path("bertkern-demo"), help="rows and plot; default: ./%(default)s")
+    sub.add_argument("--out", type=Path, default=Path("build/demo"), help="rows and plot; default: %(default)s")
     _timing_arguments(sub, rounds=7)
     return parser
 
@@ -138,6 +138,7 @@ def _add_bench(add: Callable[..., Any]) -> None:
     sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or alone to the screen")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="write JSON, CSV and PNG there")
+    sub.add_argument("--name", help="added to the names of the files in --out")
     sub.add_argument("--python", help="interpreter that runs the engines; default: this one")
     _timing_arguments(sub, rounds=15)
 
@@ -165,40 +166,12 @@ def _positive(text: str) -> int:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def doctor(arguments: argparse.Namespace) -> int:
+def doctor(arguments: argparse.Namespace) -> None:
     """Prints what the build and the machine offer."""
-    from bertkern import _doctor
+    from bertkern import doctor as examination
 
-    facts = _doctor.collect()
-    if arguments.json:
-        print(json.dumps(facts, indent=1, default=str))
-        return 0
-    from rich.console import Console
-
-    console = Console()
-    for title, values in _sections(facts):
-        console.print(f"[bold]{title}[/bold]")
-        width = max(map(len, values), default=0)
-        for name, value in values.items():
-            console.print(f"  {name:<{width}}  {_plain(value)}", markup=False, highlight=False)
-    return 0
-
-
-def _sections(facts: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    flat = {name: value for name, value in facts.items() if not isinstance(value, dict)}
-    if flat:
-        yield "bertkern", flat
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            yield name.replace("_", " "), value
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "none"
-    return "-" if value is None else str(value)
+    facts = examination.collect()
+    print(json.dumps(facts, indent=1, default=str) if arguments.json else examination.text(facts))
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -234,7 +207,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     model.save_pretrained(out)
     _copy_tokenizer(arguments.model, out)
     after = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print(bertkern.inspect(model))
+    print(bertkern.report(model))
     print(f"{out}: {after / 1e6:.1f} MB of weights, from {before / 1e6:.1f} MB")
 
 
@@ -292,6 +265,8 @@ def bench(arguments: argparse.Namespace) -> None:
             run = module.run(**options, tick=tick)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UsageError(error) from error
+    if arguments.name:
+        run.name += f"-{arguments.name}"
     if arguments.json == "-":
         print(json.dumps(run.as_dict(), indent=1))
     else:
@@ -332,7 +307,7 @@ def _news(text: str) -> None:
 
 
 def _benchmarks(name: str) -> ModuleType:
-    """A module of the benchmarks: `bertkern.benchmarks` where installed, the folder beside the package in a checkout."""
+    """A module of the benchmarks: `bertkern.benchmarks` where installed, the folder of that name in a checkout."""
     for package in ("bertkern.benchmarks", "benchmarks"):
         try:
             return importlib.import_module(f"{package}.{name}")

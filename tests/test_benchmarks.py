@@ -144,11 +144,11 @@ def test_a_worker_that_dies_says_what_it_printed():
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(ValueError, match="expected an ISA of avx2.*Got 'sse9'"):
+    with pytest.raises(ValueError, match=r"expected an ISA of avx2.*Got 'sse9'"):
         Worker("torch-fp32@sse9", threads=1)
     from contextlib import ExitStack
 
-    with ExitStack() as stack, pytest.raises(ValueError, match="expected one of bertkern-int8.*Got 'nothing'"):
+    with ExitStack() as stack, pytest.raises(ValueError, match=r"expected one of bertkern-int8.*Got 'nothing'"):
         encoder.start(["nothing"], "linear", 1, None, stack)
     with pytest.raises(ValueError, match="expected bert-base, minilm or a folder"):
         models.resolve("/no/such/model", lambda **_: None)
@@ -198,7 +198,7 @@ def test_bad_shapes(text):
 
 def test_bad_layers_and_epilogues():
     assert gemm.parse_layers("3072x768,312x1200") == [(3072, 768), (312, 1200)]
-    with pytest.raises(ValueError, match="layer: expected OUTxIN, like 3072x768. Got '3072'"):
+    with pytest.raises(ValueError, match=r"layer: expected OUTxIN, like 3072x768. Got '3072'"):
         gemm.parse_layers("3072")
     with pytest.raises(ValueError, match="epilogue: expected one of"):
         gemm.parse_epilogues("fp64")
@@ -355,7 +355,7 @@ def test_sts_lines_are_split_by_tabs_and_never_unquoted(tmp_path):
     (tmp_path / "sts-test.csv").write_text('a\tb\tc\td\t2.5\tHe said "no.\tShe, too.\tsource\n', "utf-8")
     assert fetch.sts_pairs(tmp_path) == [('He said "no.', "She, too.", 2.5)]
     (tmp_path / "sts-test.csv").write_text("a\tb\n")
-    with pytest.raises(ValueError, match="line 1: expected at least 7 cells. Got 2"):
+    with pytest.raises(ValueError, match=r"line 1: expected at least 7 cells. Got 2"):
         fetch.sts_pairs(tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_an_unknown_model_is_explained(capsys, monkeypatch):
 
 def test_bench_gemm_writes_what_it_shows(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    options = "--engines torch-int8,torch-fp32 --rows 3 --layers 32x48 --epilogues fp32 --rounds 2".split()
+    options = ["--engines", "torch-int8,torch-fp32", "--rows", "3", "--layers", "32x48", "--epilogues", "fp32"]
     targets = [
         "--json",
         str(tmp_path / "rows.json"),
@@ -100,7 +100,7 @@ def test_bench_gemm_writes_what_it_shows(capsys, tmp_path):
         "--out",
         str(tmp_path / "o"),
     ]
-    status, out, err = run(capsys, "bench", "gemm", *options, *targets)
+    status, out, err = run(capsys, "bench", "gemm", *options, "--rounds", "2", *targets)
     assert status == 0, err
     assert "3x32x48 fp32" in out
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -131,7 +131,7 @@ def test_doctor(capsys):
 def test_inspect(capsys, tiny_model):
     status, out, err = run(capsys, "inspect", str(tiny_model))
     assert status == 0, err
-    assert "encoder.layer.0" in out
+    assert "encoder.layer" in out
     status, out, err = run(capsys, "inspect", str(tiny_model), "--json")
     assert status == 0, err
     json.loads(out)

@@ -55,7 +55,7 @@ LINEARS = _table(
 ALL = {f"model/{k}": v for k, v in MODELS.items()} | {f"linear/{k}": v for k, v in LINEARS.items()}
 
 # An engine whose outputs are further than this from fp32 torch is not timed. The floors tell wrong from right, no more:
-# on the random tokens of the encoder benchmark, whole-tensor int8 is coarse (the tables print each engine's SQNR, in dB).
+# on the random tokens of the encoder benchmark, whole-tensor int8 is coarse (the tables print each engine's SQNR).
 SQNR_FLOOR_DB = {"fp32": 60.0, "bf16": 25.0, "int8": 5.0}
 COSINE_FLOOR = {"fp32": 0.99999, "bf16": 0.995, "int8": 0.85}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import bertkern
 import torch
+
+import bertkern
 
 from .torch_engine import Eager
 
@@ -17,6 +18,9 @@ class Exact(Eager):
     def describe(self, model: torch.nn.Module) -> torch.nn.Module:
         self.notes["isa"] = str(bertkern.cpu_isa())
         return model
+
+    def report(self) -> str:
+        return str(bertkern.report(self.model))
 
     def versions(self) -> dict[str, str]:
         return {"bertkern": bertkern.__version__, **super().versions()}

@@ -1,4 +1,4 @@
-"""One linear layer: bertkern's int8 product beside torch's. Every provider draws the same data from the case's shape."""
+"""One linear layer: bertkern's int8 product beside torch's. Every provider draws the same data from a case's shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime, with its own transformer optimizer, so that attention, GELU and LayerNorm run as its fused operators."""
+"""ONNX Runtime, with its own transformer optimizer, so that attention, GELU and LayerNorm run as fused operators."""
 
 from __future__ import annotations
 
