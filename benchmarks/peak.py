@@ -105,13 +105,10 @@ def cpu_model() -> str:
 
 
 def isa() -> str:
-    """The highest of the instruction sets that int8 kernels care about, as bertkern sees it or the kernel lists it."""
-    try:
-        from bertkern import cpu_isa
-
-        return str(cpu_isa())
-    except (ImportError, AttributeError, RuntimeError, OSError):
-        pass
+    """The instruction set in use: as the host module says, else the best that the kernel lists for the processor."""
+    host = _host()
+    if host is not None:
+        return str(host.active_isa())
     try:
         with open("/proc/cpuinfo") as info:
             flags = next((line.split() for line in info if line.startswith("flags")), [])

@@ -114,5 +114,8 @@ def _demo(run: Run) -> list[tuple[str, Table]]:
         )
     for name in run.providers("ratio"):
         found = [run.find(name, "ratio", x) for x in calls]
-        table.add_row(Text(name, style="dim"), "", "", *(f"{row.median:.2f}x" if row else "" for row in found))
+        slow = name.partition(" / ")[0]
+        table.add_row(
+            Text(f"times {slow}", style="dim"), "", "", *(f"{row.median:.2f}x" if row else "" for row in found)
+        )
     return [(f"{run.facts['model']}, {run.facts['pairs']:,} pairs of sentences", table)]

@@ -220,6 +220,7 @@ def load_model(name: str) -> Any:
 
     import bertkern  # noqa: F401 - registers the quantizer, so that int8 models load too
 
+    transformers.utils.logging.disable_progress_bar()
     source = str(path) if path.exists() else name
     try:
         config = transformers.AutoConfig.from_pretrained(source)

@@ -8,6 +8,7 @@ import torch
 
 import bertkern
 
+from .. import peak
 from .torch_engine import Eager
 
 
@@ -16,7 +17,7 @@ class Exact(Eager):
         return self.describe(bertkern.accelerate(model))
 
     def describe(self, model: torch.nn.Module) -> torch.nn.Module:
-        self.notes["isa"] = str(bertkern.cpu_isa())
+        self.notes["isa"] = peak.isa()
         return model
 
     def report(self) -> str:

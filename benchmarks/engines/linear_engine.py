@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn.functional import gelu, linear
 
+from .. import peak
 from . import Engine
 
 EPILOGUES = ("fp32", "bf16", "gelu+q8")  # bias + fp32 out, bias + bf16 out, bias + GELU + requantization by row
@@ -109,6 +110,7 @@ class Bertkern(Linear):
         from bertkern import ops
 
         self.ops = ops
+        self.notes["isa"] = peak.isa()
 
     def versions(self) -> dict[str, str]:
         import bertkern
