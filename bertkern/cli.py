@@ -308,14 +308,18 @@ def _news(text: str) -> None:
 
 
 def _benchmarks(name: str) -> ModuleType:
-    """A module of the benchmarks: `bertkern.benchmarks` where installed, the folder of that name in a checkout."""
-    for package in ("bertkern.benchmarks", "benchmarks"):
-        try:
-            return importlib.import_module(f"{package}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name not in (package, "bertkern.benchmarks"):
-                raise
-    raise RuntimeError("the benchmarks are not part of this installation: run from a checkout, or pip install .")
+    """A module of the benchmarks: the folder of that name in a checkout, `bertkern.benchmarks` where installed."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "benchmarks" / "harness.py").is_file():
+        if str(root) not in sys.path:
+            sys.path.insert(0, str(root))
+        return importlib.import_module(f"benchmarks.{name}")
+    try:
+        return importlib.import_module(f"bertkern.benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("bertkern.benchmarks"):
+            raise
+        raise RuntimeError("this installation has no benchmarks: run from a checkout, or pip install .") from None
 
 
 @contextmanager
