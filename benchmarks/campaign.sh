@@ -18,5 +18,6 @@ bench encoder --engines "bertkern-int8@avx2,torch-int8@avx2,torch-fp32@avx2" --t
 bench encoder --engines "$int8,$float" --threads 1 --model minilm --shapes 1x16,1x32,8x32
 bench encoder --engines "$int8,$float" --threads 2 --model minilm --shapes 1x16,1x32,8x32:0.3
 bench gemm
+bench memory
 "$python" -m bertkern demo --threads 2 --out "$out"
 "$python" -m benchmarks.readme_table

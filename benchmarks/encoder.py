@@ -106,7 +106,7 @@ def check(spec: str, got: dict[str, float]) -> dict[str, float]:
 
 
 def run(
-    specs: Sequence[str] = (OURS, REFERENCE),
+    specs: Sequence[str] = (OURS, "torch-int8", REFERENCE),
     shapes: Sequence[Case] = tuple(parse_shapes(SHAPES)),
     model: str = "bert-base",
     threads: int = 2,

@@ -30,7 +30,7 @@ def save(run: Run, path: Path) -> Path:
     if not run.rows:
         raise ValueError(f"{run.name}: nothing was measured, so there is nothing to draw.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw = {"encoder": _latency, "gemm": _gemm, "demo": _demo}[run.name.partition("-")[0]]
+    draw = {"encoder": _latency, "gemm": _gemm, "demo": _demo, "memory": _memory}[run.name.partition("-")[0]]
     figure = draw(run, _pyplot())
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
     return path
@@ -130,4 +130,12 @@ def _demo(run: Run, plt: Any) -> Any:
         axes.set_title(title, loc="left", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / height))
     _headline(figure, run, "all-MiniLM-L6-v2 on the sentences of the STS Benchmark")
+    return figure
+
+
+def _memory(run: Run, plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(5.5, 2.0))
+    _bars(axes, [r.x_value for r in run.rows], [r.median for r in run.rows], [f"{r.median:,.0f}" for r in run.rows])
+    _headline(figure, run, "MB while BERT-base is quantized")
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
     return figure

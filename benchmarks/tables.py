@@ -11,7 +11,9 @@ from .results import Row, Run
 
 def render(run: Run) -> Group:
     """The run's facts and its tables, best of each column in bold."""
-    draw = {"encoder": _encoder, "gemm": _gemm, "demo": _demo}.get(run.name.partition("-")[0], _encoder)
+    draw = {"encoder": _encoder, "gemm": _gemm, "demo": _demo, "memory": _memory}.get(
+        run.name.partition("-")[0], _encoder
+    )
     parts: list[RenderableType] = [Text(facts_line(run), style="dim")]
     for title, table in draw(run):
         parts += ["", Text(title, style="bold"), table]
@@ -119,3 +121,16 @@ def _demo(run: Run) -> list[tuple[str, Table]]:
             Text(f"times {slow}", style="dim"), "", "", *(f"{row.median:.2f}x" if row else "" for row in found)
         )
     return [(f"{run.facts['model']}, {run.facts['pairs']:,} pairs of sentences", table)]
+
+
+def _memory(run: Run) -> list[tuple[str, Table]]:
+    table = _table("", "MB")
+    names = {
+        "model": "the fp32 model",
+        "peak": "highest while quantizing",
+        "after": "after it",
+        "layer": "one encoder layer in fp32",
+    }
+    for row in run.rows:
+        table.add_row(names[row.x_value], f"{row.median:,.0f}")
+    return [("resident memory of quantize_ on BERT-base, above the empty process", table)]

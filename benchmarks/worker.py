@@ -82,6 +82,12 @@ class Session:
         """The memory's read bandwidth, GB/s."""
         return {"read": peak.read(threads)}
 
+    def memory(self) -> dict[str, Any]:
+        """Peak memory of quantizing, see `memory.py`."""
+        from .memory import measure
+
+        return measure()
+
 
 def main() -> None:
     """Answers requests until stdin closes."""

@@ -125,10 +125,13 @@ def _add_bench(add: Callable[..., Any]) -> None:
             "bench encoder --engines bertkern-int8,torch-int8,onnxruntime-int8 --shapes 1x32,8x128",
             "bench encoder --model minilm --shapes 1x16 --threads 1 --plot latency.png",
             "bench gemm --rows 1,128 --layers 3072x768 --json gemm.json",
+            "bench memory",
         )
         + f"\n\n{ENGINES_HELP}",
     )
-    sub.add_argument("what", nargs="?", choices=("encoder", "gemm"), default="encoder", help="default: %(default)s")
+    sub.add_argument(
+        "what", nargs="?", choices=("encoder", "gemm", "memory"), default="encoder", help="default: %(default)s"
+    )
     sub.add_argument("--engines", help="comma-separated; default: bertkern and torch")
     sub.add_argument("--model", default="bert-base", help="encoder: bert-base (random weights), minilm, or a folder")
     sub.add_argument("--shapes", help="encoder: BATCHxTOKENS, with :SHARE for padding; default 1x16 ... 3x77")
@@ -246,16 +249,16 @@ def bench(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {"rounds": arguments.rounds, "python": arguments.python, "report": _news}
     if arguments.engines:
         options["specs"] = arguments.engines.split(",")
-    others = {"encoder": ("rows", "layers", "epilogues"), "gemm": ("shapes",)}[arguments.what]
-    for name in others:
+    others = {"encoder": ("rows", "layers", "epilogues"), "gemm": ("shapes",)}
+    for name in others.get(arguments.what, ("rows", "layers", "epilogues", "shapes", "engines")):
         if getattr(arguments, name):
-            raise UsageError(f"bench {arguments.what}: --{name} belongs to the other benchmark.")
+            raise UsageError(f"bench {arguments.what}: --{name} belongs to another benchmark.")
     try:
         if arguments.what == "encoder":
             options |= {"model": arguments.model, "threads": arguments.threads}
             if arguments.shapes:
                 options["shapes"] = module.parse_shapes(arguments.shapes)
-        else:
+        elif arguments.what == "gemm":
             if arguments.rows:
                 options["rows"] = [_positive(m) for m in arguments.rows.split(",")]
             if arguments.layers:
