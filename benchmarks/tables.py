@@ -97,7 +97,7 @@ def _gemm(run: Run) -> list[tuple[str, Table]]:
             share, rate = run.find(name, "share_of_peak", x), run.find(name, "gb_s", x)
             note = f"{share.median:.0%}" if share else f"{rate.median:.1f} GB/s" if rate else ""
             cells.append(Text.assemble(milliseconds(row.median), "\n", (note, "dim")) if row else "")
-        table.add_row(x, *cells)
+        table.add_row(x.replace(" ", "\n", 1), *cells)
     return [("milliseconds: median; under it the share of the int8 peak, or GB/s with cold weights at M=1", table)]
 
 
