@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,16 +93,33 @@ def start(
     return workers, opened, absent
 
 
+def precision(spec: str) -> str:
+    """fp32, bf16 or int8, of an engine or a linear layer's provider."""
+    name = spec.partition("@")[0]
+    return (engines.MODELS.get(name) or engines.LINEARS[name]).precision
+
+
 def check(spec: str, got: dict[str, float]) -> dict[str, float]:
     """Returns what `engines.agreement` found, or raises WorkerError where the engine's outputs are wrong."""
-    precision = (engines.MODELS.get(spec.partition("@")[0]) or engines.LINEARS[spec.partition("@")[0]]).precision
-    cosine, sqnr = engines.COSINE_FLOOR[precision], engines.SQNR_FLOOR_DB[precision]
+    cosine, sqnr = engines.COSINE_FLOOR[precision(spec)], engines.SQNR_FLOOR_DB[precision(spec)]
     if got["sqnr_db"] < sqnr or got["cosine"] < cosine:
         raise WorkerError(
             f"{spec}: outputs differ from {REFERENCE}: expected cosine >= {cosine} and SQNR >= {sqnr:g} dB. "
             f"Got {got['cosine']:.5f} and {got['sqnr_db']:.1f} dB."
         )
     return got
+
+
+def rivals(specs: Iterable[str]) -> list[tuple[str, str]]:
+    """(rival, bertkern) pairs worth a ratio: under one cap; float bertkern only beside its own precision."""
+    specs = list(specs)
+    pairs = []
+    for fast in (spec for spec in specs if spec.startswith("bertkern")):
+        for slow in (spec for spec in specs if not spec.startswith("bertkern")):
+            same_cap = fast.partition("@")[2] == slow.partition("@")[2]
+            if same_cap and precision(fast) in ("int8", precision(slow)):
+                pairs.append((slow, fast))
+    return pairs
 
 
 def run(
@@ -210,8 +227,5 @@ def _record(
             shares = [macs / (ms * 1e6) / best for ms in (s.median, s.p80, s.p20)]
             config = config | {"peak_gmac_s": round(best, 1)}
             run.add("encoder", spec, "share_of_peak", x, tuple(shares), config, versions)
-    ours = [spec for spec in samples if spec.startswith("bertkern")]
-    for fast in ours:
-        for slow, theirs in samples.items():
-            if slow not in ours:
-                run.add("encoder", f"{slow} / {fast}", "ratio", x, ratio(theirs, samples[fast]))
+    for slow, fast in rivals(samples):
+        run.add("encoder", f"{slow} / {fast}", "ratio", x, ratio(samples[slow], samples[fast]))

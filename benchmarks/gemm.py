@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from . import engines, peak
-from .encoder import check, start
+from . import peak
+from .encoder import check, precision, rivals, start
 from .harness import Samples, Worker, WorkerError, ratio, take_turns
 from .results import Run
 
@@ -126,7 +126,6 @@ def _record(
     x = (AXIS, f"{m}x{n}x{k} {epilogue}")
     bytes_an_element = {"int8": 1, "bf16": 2, "fp32": 4}
     for spec, s in samples.items():
-        precision = engines.LINEARS[spec.partition("@")[0]].precision
         config = {
             "weights": "cold" if m == 1 else "hot",
             "rounds": len(s.ms),
@@ -137,14 +136,13 @@ def _record(
         times = (s.median, s.p80, s.p20)
         run.add("gemm", spec, "latency_ms", x, (s.median, s.p20, s.p80), config, versions)
         if m == 1:
-            rate = [n * k * bytes_an_element[precision] / (ms * 1e6) for ms in times]
+            rate = [n * k * bytes_an_element[precision(spec)] / (ms * 1e6) for ms in times]
             run.add("gemm", spec, "gb_s", x, tuple(rate), config, versions)
             share = tuple(r / run.facts["read_gb_s"] for r in rate)
             run.add("gemm", spec, "share_of_read", x, share, config, versions)
-        elif precision == "int8" and all(peaks[spec]):
+        elif precision(spec) == "int8" and all(peaks[spec]):
             best = max(peaks[spec])
             share = tuple(m * n * k / (ms * 1e6) / best for ms in times)
             run.add("gemm", spec, "share_of_peak", x, share, config | {"peak_gmac_s": round(best, 1)}, versions)
-    for fast in (spec for spec in samples if spec.startswith("bertkern")):
-        for slow in (spec for spec in samples if not spec.startswith("bertkern")):
-            run.add("gemm", f"{slow} / {fast}", "ratio", x, ratio(samples[slow], samples[fast]))
+    for slow, fast in rivals(samples):
+        run.add("gemm", f"{slow} / {fast}", "ratio", x, ratio(samples[slow], samples[fast]))

@@ -173,6 +173,15 @@ def test_wrong_outputs_are_not_timed():
         encoder.check("torch-int8@avx2", {"cosine": 0.2, "sqnr_db": 1.0})
 
 
+def test_ratios_compare_like_with_like():
+    specs = ["bertkern-int8", "bertkern-fp32", "torch-int8", "torch-fp32", "torch-fp32@avx2"]
+    assert encoder.rivals(specs) == [
+        ("torch-int8", "bertkern-int8"),
+        ("torch-fp32", "bertkern-int8"),
+        ("torch-fp32", "bertkern-fp32"),
+    ]
+
+
 def test_isa_names_reach_the_worker():
     assert {"BERTKERN_CPU_ISA", "ATEN_CPU_CAPABILITY"} <= set(harness.ISA_VARIABLES["avx2"])
 
