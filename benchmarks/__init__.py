@@ -1,0 +1,14 @@
+"""Benchmarks: bertkern beside the engines that a user could pick instead.
+
+    python -m bertkern bench encoder     BERT-base end to end, any engines as columns
+    python -m bertkern bench gemm        one linear layer, one thread, as a share of the processor's own peak
+    python -m bertkern demo              a real sentence encoder on a real test set: accuracy, speed, size
+
+How a number comes about (`harness.py`): every engine lives in a process of its own; the engines take turns with a pause
+between, so that the idle threads of one never run beside the calls of another; each turn starts with one untimed call;
+a two-thread sample counts only where the peak probe before and after it shows an undisturbed machine; the output of
+every engine is compared with fp32 torch before anything is timed. Ratios are formed within one run, round by round.
+
+`results/` holds the rows as JSON and CSV (schema: `results.py`) and their plots; the table in the README is generated
+from there by `readme_table.py`.
+"""

@@ -1,0 +1,141 @@
+"""Plots of a run: one panel a shape, one bar an engine, so that each panel keeps its own scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .results import Run
+from .tables import facts_line, milliseconds
+
+OURS, THEIRS, INK, MUTED, GRID = "#d1495b", "#8d99ae", "#22262e", "#6b7280", "#e5e7eb"
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("plots need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": INK}
+    )
+    return plt
+
+
+def save(run: Run, path: Path) -> Path:
+    """Draws the run into a PNG file. Raises RuntimeError without matplotlib, ValueError for an empty run."""
+    if not run.rows:
+        raise ValueError(f"{run.name}: nothing was measured, so there is nothing to draw.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw = {"encoder": _latency, "gemm": _gemm, "demo": _demo, "memory": _memory}[run.name.partition("-")[0]]
+    figure = draw(run, _pyplot())
+    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+    return path
+
+
+def _bars(axes: Any, names: list[str], values: list[float], labels: list[str], spread: Any = None) -> None:
+    colors = [OURS if name.startswith("bertkern") else THEIRS for name in names]
+    at = range(len(names))
+    axes.barh(at, values, color=colors, height=0.72)
+    if spread:
+        axes.errorbar(values, at, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
+    ends = [v + s for v, s in zip(values, spread[1], strict=True)] if spread else values
+    for y, end, label in zip(at, ends, labels, strict=True):
+        axes.annotate(label, (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(list(at), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(ends) * 1.22)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
+def _headline(figure: Any, run: Run, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.text(0.01, -0.01, facts_line(run), ha="left", va="top", fontsize=7.5, color=MUTED)
+
+
+def _latency(run: Run, plt: Any) -> Any:
+    shapes = run.x_values("latency_ms")
+    columns = min(3, len(shapes))
+    lines = -(-len(shapes) // columns)
+    height = 0.32 * len(run.providers("latency_ms")) + 0.8
+    figure, grid = plt.subplots(lines, columns, figsize=(4.3 * columns, height * lines), squeeze=False)
+    for axes in grid.flat[len(shapes) :]:
+        axes.remove()
+    for axes, shape in zip(grid.flat, shapes, strict=False):
+        rows = sorted((r for r in run.rows if r.metric == "latency_ms" and r.x_value == shape), key=lambda r: r.median)
+        spread = [[r.median - r.p20 for r in rows], [r.p80 - r.median for r in rows]]
+        _bars(
+            axes, [r.provider for r in rows], [r.median for r in rows], [milliseconds(r.median) for r in rows], spread
+        )
+        axes.set_title(shape, loc="left", fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
+    _headline(figure, run, f"{run.facts.get('model', '')}, milliseconds a batch (batch x tokens); shorter is better")
+    return figure
+
+
+def _gemm(run: Run, plt: Any) -> Any:
+    """One panel an epilogue: share of the int8 peak over M, one line a layer; without shares, milliseconds."""
+    metric = "share_of_peak" if run.providers("share_of_peak") else "latency_ms"
+    points = [(*x.split(" ", 1), x) for x in run.x_values(metric)]
+    epilogues = list(dict.fromkeys(epilogue for _, epilogue, _ in points))
+    provider = next((p for p in run.providers(metric) if p.startswith("bertkern")), run.providers(metric)[0])
+    figure, grid = plt.subplots(1, len(epilogues), figsize=(4.3 * len(epilogues), 3.6), squeeze=False, sharey=True)
+    for axes, epilogue in zip(grid.flat, epilogues, strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for shape, kind, x in points:
+            row = run.find(provider, metric, x)
+            if kind == epilogue and row:
+                m, layer = shape.split("x", 1)
+                lines.setdefault(layer, []).append((int(m), row.median))
+        for layer, values in lines.items():
+            values.sort()
+            axes.plot(*zip(*values, strict=True), marker="o", markersize=4, linewidth=1.4, label=layer)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({m for values in lines.values() for m, _ in values})
+        axes.set_xticks(ticks, [str(m) for m in ticks])
+        axes.set_title(epilogue, loc="left", fontsize=10)
+        axes.set_xlabel("rows M")
+        axes.grid(color=GRID, linewidth=0.8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    if metric == "share_of_peak":
+        grid.flat[0].set_ylim(0, 1)
+        grid.flat[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    else:
+        grid.flat[0].set_yscale("log")
+    grid.flat[-1].legend(title="layer, N x K", fontsize=7.5, title_fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    what = "share of the int8 peak" if metric == "share_of_peak" else "milliseconds"
+    _headline(figure, run, f"One linear layer, {provider}: {what}")
+    return figure
+
+
+def _demo(run: Run, plt: Any) -> Any:
+    """Speed one by one and in batches, and agreement with human scores."""
+    calls = run.x_values("sentences_s")
+    panels = [("sentences_s", x, f"sentences a second, {x} at a time", "{:,.0f}") for x in calls]
+    panels.append(("spearman", "STS-B", "Spearman, STS Benchmark test set", "{:.4f}"))
+    height = 0.34 * len(run.providers("spearman")) + 1.1
+    figure, grid = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), height), squeeze=False)
+    for axes, (metric, x, title, form) in zip(grid.flat, panels, strict=True):
+        rows = [r for r in run.rows if r.metric == metric and r.x_value == x]
+        _bars(axes, [r.provider for r in rows], [r.median for r in rows], [form.format(r.median) for r in rows])
+        axes.set_title(title, loc="left", fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / height))
+    _headline(figure, run, "all-MiniLM-L6-v2 on the sentences of the STS Benchmark")
+    return figure
+
+
+def _memory(run: Run, plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(5.5, 2.0))
+    _bars(axes, [r.x_value for r in run.rows], [r.median for r in run.rows], [f"{r.median:,.0f}" for r in run.rows])
+    _headline(figure, run, "MB while BERT-base is quantized")
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    return figure

@@ -1,0 +1,107 @@
+"""Writes the README's table of measured numbers from `results/`, between two markers.
+
+    python -m benchmarks.readme_table            rewrite it
+    python -m benchmarks.readme_table --check    exit with 1 if it is not what the results say
+
+Numbers in the README come from here and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .results import Run, load
+from .tables import facts_line, milliseconds
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
+ENCODER, DEMO = "encoder-bert-base-2t", "demo-minilm-2t"
+EMPTY = "*Not measured yet: `benchmarks/campaign.sh` measures and fills this.*"
+
+
+def table(results: Path) -> str:
+    """The Markdown between the markers: BERT-base's latency, and what the demo measured."""
+    parts = []
+    if (results / f"{ENCODER}.json").exists():
+        parts.append(_encoder(load(results / f"{ENCODER}.json")))
+    if (results / f"{DEMO}.json").exists():
+        parts.append(_demo(load(results / f"{DEMO}.json")))
+    return "\n\n".join(parts) or EMPTY
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _encoder(run: Run) -> str:
+    shapes = run.x_values("latency_ms")
+    names = sorted(run.providers("latency_ms"), key=lambda name: not name.startswith("bertkern"))
+    rows = []
+    for name in names:
+        found = [run.find(name, "latency_ms", x) for x in shapes]
+        rows.append([_strong(name), *(milliseconds(row.median) if row else "-" for row in found)])
+    ours = next((name for name in names if name.startswith("bertkern-int8")), None)
+    gains = [_gain(run, ours, x) for x in shapes] if ours else []
+    if any(gains):
+        rows.append(["ahead of the fastest other int8", *gains])
+    text = _markdown(["BERT-base, ms (batch x tokens)", *shapes], rows)
+    return f"{text}\n\nMedians of {run.facts['rounds']} interleaved turns; {facts_line(run)}."
+
+
+def _gain(run: Run, ours: str, shape: str) -> str:
+    """The smallest paired ratio to an int8 rival."""
+    ratios = [
+        row.median
+        for row in run.rows
+        if row.metric == "ratio" and row.x_value == shape and row.provider.endswith(f"-int8 / {ours}")
+    ]
+    return f"**{min(ratios):.2f}x**" if ratios else ""
+
+
+def _strong(name: str) -> str:
+    return f"**{name}**" if name.startswith("bertkern") else name
+
+
+def _demo(run: Run) -> str:
+    calls = run.x_values("sentences_s")
+    rows = []
+    for name in run.providers("spearman"):
+        size = run.find(name, "size_mb", "weights")
+        rates = [run.find(name, "sentences_s", x) for x in calls]
+        score = run.find(name, "spearman", "STS-B").median
+        row = [_strong(name), f"{score:.4f}", f"{size.median:.0f}" if size else "-"]
+        rows.append(row + [f"{rate.median:,.0f}" if rate else "-" for rate in rates])
+    header = ["all-MiniLM-L6-v2", "Spearman, STS-B test", "MB", *(f"sentences/s, {x} at a time" for x in calls)]
+    return _markdown(header, rows)
+
+
+def insert(readme: str, text: str) -> str:
+    """README with `text` between the markers. Raises ValueError where they are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README: expected the markers {BEGIN} and {END}.")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main() -> int:
+    """Rewrites or checks README.md of this checkout."""
+    parser = argparse.ArgumentParser(description="Fill the README's table of measured numbers.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the table is stale")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = insert(old, table(ROOT / "benchmarks" / "results"))
+    if arguments.check:
+        if old != new:
+            print("README.md: the table is stale; run: python -m benchmarks.readme_table", file=sys.stderr)
+        return int(old != new)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,136 @@
+"""A run as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .results import Row, Run
+
+
+def render(run: Run) -> Group:
+    """The run's facts and its tables, best of each column in bold."""
+    draw = {"encoder": _encoder, "gemm": _gemm, "demo": _demo, "memory": _memory}.get(
+        run.name.partition("-")[0], _encoder
+    )
+    parts: list[RenderableType] = [Text(facts_line(run), style="dim")]
+    for title, table in draw(run):
+        parts += ["", Text(title, style="bold"), table]
+    if run.absent:
+        parts += ["", Text("\n".join(f"{name}: {why}" for name, why in run.absent.items()), style="dim")]
+    return Group(*parts)
+
+
+def show(run: Run, console: Console | None = None) -> None:
+    """Prints `render(run)`."""
+    (console or Console()).print(render(run))
+
+
+def facts_line(run: Run) -> str:
+    """Machine, threads and method in one line."""
+    facts = [run.device, run.isa, f"{run.threads} thread{'s' if run.threads > 1 else ''}"]
+    facts += [f"{run.facts['model']}"] if "model" in run.facts else []
+    peaks = [row.config["peak_gmac_s"] for row in run.rows if "peak_gmac_s" in row.config]
+    if peaks:
+        facts.append(f"int8 peak {max(peaks):.0f} GMAC/s")
+    if "read_gb_s" in run.facts:
+        facts.append(f"read probe {run.facts['read_gb_s']:.0f} GB/s")
+    return " | ".join([*facts, run.date])
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, whatever the size."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _cell(row: Row | None, best: float) -> Text:
+    """The median; under it p20-p80, and the share of turns that counted where some did not."""
+    if row is None:
+        return Text("-", style="dim")
+    spread = f"{milliseconds(row.p20)}-{milliseconds(row.p80)}"
+    accepted = row.config.get("accepted", 1.0)
+    if accepted < 1.0:
+        spread += f" {accepted:.0%}"
+    return Text.assemble((milliseconds(row.median), "bold" if row.median == best else ""), "\n", (spread, "dim"))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap="\n" not in column)
+    return table
+
+
+def _encoder(run: Run) -> list[tuple[str, Table]]:
+    shapes, names = run.x_values("latency_ms"), run.providers("latency_ms")
+    latency = _table("engine", *shapes)
+    best = {x: min(row.median for row in run.rows if row.metric == "latency_ms" and row.x_value == x) for x in shapes}
+    for name in names:
+        latency.add_row(name, *(_cell(run.find(name, "latency_ms", x), best[x]) for x in shapes))
+    tables = [("milliseconds: median, under it p20-p80 and the share of turns that counted if not all", latency)]
+    for metric, title, form in (
+        ("ratio", "times faster, by pairs of turns", "{:.2f}x"),
+        ("share_of_peak", "share of the int8 peak (linear layers alone)", "{:.0%}"),
+    ):
+        if not run.providers(metric):
+            continue
+        table = _table("", *shapes)
+        for name in run.providers(metric):
+            found = [run.find(name, metric, x) for x in shapes]
+            table.add_row(name, *(form.format(row.median) if row else "" for row in found))
+        tables.append((title, table))
+    checks = _table("", *shapes)
+    for name in names:
+        found = [run.find(name, "latency_ms", x) for x in shapes]
+        checks.add_row(name, *(f"{row.config['sqnr_db']:.1f}" if row else "" for row in found))
+    return [*tables, ("agreement with fp32 torch: SQNR, dB", checks)]
+
+
+def _gemm(run: Run) -> list[tuple[str, Table]]:
+    points, names = run.x_values("latency_ms"), run.providers("latency_ms")
+    table = _table("M x N x K", *names)
+    for x in points:
+        cells = []
+        for name in names:
+            row = run.find(name, "latency_ms", x)
+            share, rate = run.find(name, "share_of_peak", x), run.find(name, "gb_s", x)
+            note = f"{share.median:.0%}" if share else f"{rate.median:.1f} GB/s" if rate else ""
+            cells.append(Text.assemble(milliseconds(row.median), "\n", (note, "dim")) if row else "")
+        table.add_row(x.replace(" ", "\n", 1), *cells)
+    return [("milliseconds: median; under it the share of the int8 peak, or GB/s with cold weights at M=1", table)]
+
+
+def _demo(run: Run) -> list[tuple[str, Table]]:
+    names, calls = run.providers("spearman"), run.x_values("sentences_s")
+    columns = ["Spearman\nSTS-B", "weights\nMB", *(f"sentences/s\n{x} at a time" for x in calls)]
+    table = _table("engine", *columns)
+    for name in names:
+        spearman, size = run.find(name, "spearman", "STS-B"), run.find(name, "size_mb", "weights")
+        rates = [run.find(name, "sentences_s", x) for x in calls]
+        table.add_row(
+            name,
+            f"{spearman.median:.4f}",
+            f"{size.median:.1f}" if size else "-",
+            *(f"{rate.median:,.0f}" if rate else "-" for rate in rates),
+        )
+    for name in run.providers("ratio"):
+        found = [run.find(name, "ratio", x) for x in calls]
+        slow = name.partition(" / ")[0]
+        table.add_row(
+            Text(f"times {slow}", style="dim"), "", "", *(f"{row.median:.2f}x" if row else "" for row in found)
+        )
+    return [(f"{run.facts['model']}, {run.facts['pairs']:,} pairs of sentences", table)]
+
+
+def _memory(run: Run) -> list[tuple[str, Table]]:
+    table = _table("", "MB")
+    names = {
+        "model": "the fp32 model",
+        "peak": "highest while quantizing",
+        "after": "after it",
+        "layer": "one encoder layer in fp32",
+    }
+    for row in run.rows:
+        table.add_row(names[row.x_value], f"{row.median:,.0f}")
+    return [("resident memory of quantize_ on BERT-base, above the empty process", table)]
