@@ -1,0 +1,1 @@
+"""Canonical forms of compressed weights: plain tensors, the same on every machine."""

@@ -1,0 +1,126 @@
+"""The functional layer: thin functions over `torch.ops.bertkern`.
+
+`packed` is the machine-specific form of one linear layer that `pack_linear` and `pack_qlinear` make; it is never saved.
+All functions raise RuntimeError with the operator's name, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _ops  # noqa: F401  (loads the operators)
+from .._ops import ACTIVATIONS
+
+_op = torch.ops.bertkern
+
+
+def _activation(name: str) -> int:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}. Got {name!r}.")
+    return ACTIVATIONS[name]
+
+
+def cpu_isa() -> str:
+    """The instruction set in use after BERTKERN_CPU_ISA: "portable", "avx2", "avx512", "avx512vnni" or "avx512bf16"."""
+    return ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")[_op.cpu_isa()]
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Packs weight [N, K] (fp32, bf16; fp16 becomes fp32) and bias [N] into a uint8 tensor."""
+    return _op.pack_linear(weight, bias)
+
+
+def pack_qlinear(
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: float = 0.0,
+    input_zero_point: int = 0,
+    output_scale: float = 0.0,
+) -> Tensor:
+    """Packs int8 codes [N, K] in [-127, 127] with weight_scale fp32 [N] or [1]: w = code * scale.
+
+    Args:
+        input_scale: 0 quantizes each row of the input by its own range; else the static step, x = code * input_scale.
+        input_zero_point: 0 for signed codes, else that of unsigned ones, x = (code - zero_point) * input_scale.
+        output_scale: 0, or the step to which outputs are rounded before the activation (Q8BERT's requantized output).
+
+    Example:
+        >>> codes = torch.randint(-127, 128, (8, 16), dtype=torch.int8)
+        >>> linear(torch.randn(3, 16), pack_qlinear(codes, torch.full((8,), 0.01)), 8).shape
+        torch.Size([3, 8])
+    """
+    return _op.pack_qlinear(weight_codes, weight_scale, bias, input_scale, input_zero_point, output_scale)
+
+
+def unpack_linear(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The canonical tensors of `packed`: weight or codes [N, K], weight_scale [N] ([0] for float weights), bias [N]."""
+    return _op.unpack_linear(packed)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """activation(x W^T + b) + residual for x [..., K] in fp32, bf16 or fp16; int8 weights quantize x inside.
+
+    A row's result depends on no other row and not on the number of threads. A NaN or Inf in a row of x makes that row
+    of an int8 layer's output NaN.
+    """
+    return _op.linear(x, packed, out_features, _activation(activation), residual, out_dtype)
+
+
+def quantize_rows(x: Tensor, scale: float = 0.0, zero_point: int = 0, unsigned: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes of x [..., K] and their scale fp32 [...]: per row (max|x| / 127) with scale = 0, else static."""
+    return _op.quantize_rows(x, scale, zero_point, unsigned)
+
+
+def qgemm(
+    codes: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    out_features: int,
+    zero_point: int = 0,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """linear() for ready codes [M, K], int8 or uint8 with a zero point, and their scale fp32 [M] or [1]."""
+    return _op.qgemm(codes, scale, zero_point, packed, out_features, _activation(activation), residual, out_dtype)
+
+
+def add_layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:
+    """LayerNorm(x + residual) over the last dimension."""
+    return _op.add_layernorm(x, residual, weight, bias, eps)
+
+
+def embed(
+    ids: list[Tensor],
+    tables: list[Tensor],
+    scales: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """LayerNorm(sum_i tables[i][ids[i]] * scales[i]) in one pass; tables fp32, bf16, fp16 or int8 [rows, H]."""
+    return _op.embed(ids, tables, scales, weight, bias, eps, out_dtype)
+
+
+__all__ = [
+    "ACTIVATIONS",
+    "add_layernorm",
+    "cpu_isa",
+    "embed",
+    "linear",
+    "pack_linear",
+    "pack_qlinear",
+    "qgemm",
+    "quantize_rows",
+    "unpack_linear",
+]

@@ -1,0 +1,45 @@
+// Every operator's schema on one page, and the checks at the edge: a kernel behind it sees only what it expects.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY(bertkern, m) {
+  m.def("cpu_isa() -> int");
+  m.def("pack_linear(Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "pack_qlinear(Tensor weight_codes, Tensor weight_scale, Tensor? bias, float input_scale=0., "
+      "int input_zero_point=0, float output_scale=0.) -> Tensor");
+  m.def("unpack_linear(Tensor packed) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear(Tensor x, Tensor packed, SymInt out_features, int activation=0, Tensor? residual=None, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def("quantize_rows(Tensor x, float scale=0., int zero_point=0, bool unsigned=False) -> (Tensor, Tensor)");
+  m.def(
+      "qgemm(Tensor codes, Tensor scale, int zero_point, Tensor packed, SymInt out_features, int activation=0, "
+      "Tensor? residual=None, ScalarType? out_dtype=None) -> Tensor");
+  m.def("add_layernorm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def(
+      "embed(Tensor[] ids, Tensor[] tables, Tensor[] scales, Tensor weight, Tensor bias, float eps, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "encoder(Tensor x, Tensor? mask, Tensor? position_bias, Tensor[] linears, Tensor norms, int[] heads, "
+      "int activation, float eps, bool keep_padding=False, bool all_hidden_states=False) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bertkern, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&bertkern::ops::cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bertkern, CPU, m) {
+  m.impl("pack_linear", TORCH_BOX(&bertkern::ops::pack_linear));
+  m.impl("pack_qlinear", TORCH_BOX(&bertkern::ops::pack_qlinear));
+  m.impl("unpack_linear", TORCH_BOX(&bertkern::ops::unpack_linear));
+  m.impl("linear", TORCH_BOX(&bertkern::ops::linear));
+  m.impl("quantize_rows", TORCH_BOX(&bertkern::ops::quantize_rows));
+  m.impl("qgemm", TORCH_BOX(&bertkern::ops::qgemm));
+  m.impl("add_layernorm", TORCH_BOX(&bertkern::ops::add_layernorm));
+  m.impl("embed", TORCH_BOX(&bertkern::ops::embed));
+  m.impl("encoder", TORCH_BOX(&bertkern::ops::encoder));
+}

@@ -1,0 +1,43 @@
+// Dense GEMM with packed weights: Y[m, n] = epilogue(sum_k X[m, k] * W[n, k]).
+//
+// Every data type runs through one loop over dwords (32-bit groups along K):
+//
+//   type   a dword holds          one step of the dot product
+//   s8     4 codes along K        acc(int32) += sum of 4 products u8 x s8     exact, never saturates
+//   bf16   2 values along K       acc(fp32)  += 2 products
+//   f32    1 value                acc(fp32)  += 1 product
+//
+//   W packed: panels of kPanel = 32 output features; a panel is [KD][32] dwords, KD = ceil(K / values per dword).
+//             K and N tails are zeros.
+//   X packed: tiles of up to max_mr rows; a tile of mr rows is [KD][mr] dwords.
+//   A tile kernel computes C[mr][32] = init[32] + sum over KD, C contiguous (int32 for s8, else fp32).
+//
+// Activations are unsigned codes u with a zero point z, weights signed: sum (u - z) w = sum u w - z sum w. The second
+// term does not depend on the activations: it is the `init` of the accumulators.
+//
+// Every output is summed along K in ascending order in one accumulator, in every tile of one kernel: a row's result
+// does not depend on the rows beside it. (int32 sums are exact, hence equal on all ISAs.)
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/isa.h"
+
+namespace bertkern::cpu {
+
+constexpr int64_t kPanel = 32;
+constexpr int kMaxRows = 14;
+
+enum class WeightKind : int32_t { f32 = 0, bf16 = 1, s8 = 2 };
+
+using TileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, void* c, const void* init);
+
+struct TileKernels {
+  int max_mr;
+  TileFn tile[kMaxRows + 1];  // by mr; [0] is null
+};
+
+const TileKernels& tile_kernels(WeightKind kind);  // of active_isa()
+const TileKernels* tile_kernels(WeightKind kind, Isa isa);  // null where kernels.inc has no such row
+
+}  // namespace bertkern::cpu

@@ -1,0 +1,96 @@
+// A packed linear layer (the uint8 tensor that the operators call `packed`) and the loops over its tiles.
+//
+//   bytes 0..63   LinearHeader
+//   weights       panels x KD x 32 dwords (gemm.h)
+//   init          int32 [Np]   s8 only: -zero_point * sum_k W[n, k], Np = N rounded up to 32
+//   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
+//   scale         fp32  [Np]   s8 only: the weight's scale
+//   bias          fp32  [Np]
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/gemm/gemm.h"
+#include "cpu/rowwise/rowwise.h"
+
+namespace bertkern::cpu {
+
+constexpr uint32_t kLinearMagic = 0x314b4c42;  // "BLK1"
+constexpr int32_t kSignedZero = 128;           // zero point of signed codes stored as u8
+
+struct LinearHeader {
+  uint32_t magic;
+  int32_t kind;
+  int64_t n, k;
+  float input_scale;  // 0: a scale per row
+  int32_t input_zero;
+  float output_scale;  // 0: the output is not fake-quantized
+  int32_t has_bias;
+  uint8_t reserved[24];
+};
+static_assert(sizeof(LinearHeader) == 64, "the packed weights start at a cache line");
+
+struct Linear {
+  WeightKind kind;
+  int64_t n, k, kd, panels;
+  const uint32_t* weights;
+  const int32_t* init;
+  const int32_t* column_sum;
+  const float* scale;
+  const float* bias;
+  float input_scale;
+  int32_t input_zero;
+  float output_scale;
+  bool has_bias;
+};
+
+int64_t dword_count(WeightKind kind, int64_t k);
+int64_t packed_bytes(WeightKind kind, int64_t n, int64_t k);
+
+// Reads the header; `bytes` is checked against it. Returns false where this is no packed linear.
+bool view_linear(const void* data, int64_t bytes, Linear& linear);
+
+// weight: [n, k] fp32 or bf16 as `kind` says, or int8 codes with `scale` [n] ([1] where scale_count == 1).
+void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
+                 const float* bias, void* out);
+
+// The canonical tensors again: weight [n, k] of the kind's dtype, scale [n] (s8), bias [n].
+void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias);
+
+// The left operand: rows in groups of at most `group_rows` rows; a group lies as [KD][kGroupPitch] dwords and is cut
+// into tiles. A group of one row lies as [KD].
+constexpr int64_t kGroupPitch = 16;
+
+struct Rows {
+  int64_t rows, groups, kd;
+  uint32_t* data;
+  float* scale;  // per row (s8)
+  int64_t begin(int64_t group) const { return group * (rows / groups) + (group < rows % groups ? group : rows % groups); }
+  int64_t pitch() const { return rows == groups ? 1 : kGroupPitch; }
+  uint32_t* group_data(int64_t group) const { return data + group * kd * pitch(); }
+};
+
+// Same operand for two layers?
+bool same_operand(const Linear& a, const Linear& b);
+int64_t rows_dwords(const Linear& linear, int64_t rows);  // scratch of `data`
+Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale);
+
+// Converts (fp32 -> the kind's operand) and packs one group. x: fp32 rows, `pitch` floats apart.
+void pack_group(const Linear& linear, const Rows& rows, int64_t group, const float* x, int64_t pitch);
+// The same for ready codes: u8 with xor_mask 0, s8 with 0x80.
+void pack_code_group(const Rows& rows, int64_t group, const uint8_t* codes, int64_t k, uint8_t xor_mask);
+
+struct Output {
+  Activation activation = Activation::none;
+  const float* residual = nullptr;  // row 0
+  int64_t residual_pitch = 0;
+  void* out = nullptr;  // row 0
+  int64_t out_pitch = 0;
+  Dtype dtype = Dtype::f32;
+};
+
+// Groups [g0, g1) x panels [p0, p1). init: null for the layer's own.
+void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1, const Output& output,
+          const int32_t* init = nullptr);
+
+}  // namespace bertkern::cpu

@@ -1,0 +1,249 @@
+// pack_linear, pack_qlinear, unpack_linear, linear, qgemm, quantize_rows over torch tensors.
+#include "cpu/ops.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/check.h"
+#include "cpu/gemm/linear.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+namespace bertkern::ops {
+
+namespace {
+
+using cpu::Linear;
+using cpu::Rows;
+
+Tensor pack(const char* op, cpu::WeightKind kind, const Tensor& weight, const Tensor* scale,
+            const std::optional<Tensor>& bias, double input_scale, int64_t input_zero, double output_scale) {
+  cpu::LinearHeader header{};
+  header.magic = cpu::kLinearMagic;
+  header.kind = static_cast<int32_t>(kind);
+  header.n = weight.size(0), header.k = weight.size(1);
+  header.input_scale = static_cast<float>(input_scale);
+  header.input_zero = static_cast<int32_t>(input_zero);
+  header.output_scale = static_cast<float>(output_scale);
+  header.has_bias = bias.has_value();
+  Tensor hold, b;
+  const float* bias_data = nullptr;
+  if (bias) {
+    b = expect_float(op, "bias", *bias);
+    require(b.dim() == 1 && b.size(0) == header.n, op, ": expected bias of shape [N] = [", header.n, "]. Got ",
+            shape_of(b), ".");
+    bias_data = as_float_rows(b, 1, header.n, hold);
+  }
+  Tensor out = empty({cpu::packed_bytes(kind, header.n, header.k)}, ScalarType::Byte);
+  cpu::pack_linear(header, weight.const_data_ptr(), scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
+                   scale ? scale->numel() : 0, bias_data, out.mutable_data_ptr());
+  return out;
+}
+
+Tensor residual_rows(const char* op, const std::optional<Tensor>& residual, int64_t m, int64_t n, Tensor& hold,
+                     const float*& data) {
+  data = nullptr;
+  if (!residual) return {};
+  Tensor r = expect_float(op, "residual", *residual);
+  require(r.numel() == m * n && (r.dim() == 0 || n == 0 || r.size(r.dim() - 1) == n), op,
+          ": expected residual of shape [..., N] with ", m, " rows of ", n, ". Got ", shape_of(r), ".");
+  data = as_float_rows(r, m, n, hold);
+  return r;
+}
+
+ScalarType output_dtype(const char* op, std::optional<ScalarType> asked, ScalarType otherwise) {
+  const ScalarType dtype = asked.value_or(otherwise);
+  require(is_activation_dtype(dtype), op, ": expected out_dtype float32, bfloat16 or float16. Got ", dtype_name(dtype), ".");
+  return dtype;
+}
+
+thread_local cpu::Scratch operand_memory;
+
+// Packs all groups, then multiplies; columns are split where there are few rows.
+template <class PackGroup>
+void multiply(const Linear& w, int64_t m, const cpu::Output& output, const int32_t* init, const float* fixed_scale,
+              PackGroup&& pack_group) {
+  if (m == 0 || w.n == 0) return;
+  const int64_t dwords = (cpu::rows_dwords(w, m) + 15) / 16 * 16;
+  uint32_t* data = operand_memory.get<uint32_t>(dwords + m + 16);
+  float* scale = w.kind == cpu::WeightKind::s8 ? reinterpret_cast<float*>(data + dwords) : nullptr;
+  if (scale && fixed_scale) std::copy_n(fixed_scale, m, scale);
+  const Rows rows = cpu::make_rows(w, m, data, scale);
+  const int64_t threads = cpu::thread_count();
+  const int64_t pack_tasks = m * w.k < 32768 ? 1 : std::min(rows.groups, 4 * threads);
+  cpu::parallel(pack_tasks, [&](int64_t task) {
+    for (int64_t g = rows.groups * task / pack_tasks; g < rows.groups * (task + 1) / pack_tasks; ++g) pack_group(rows, g);
+  });
+  const bool small = static_cast<double>(m) * w.n * w.k < 500000.0;
+  const int64_t block = 4;  // groups: a block's operand stays in L2 while the panels pass
+  const int64_t blocks = (rows.groups + block - 1) / block;
+  const int64_t cuts = small ? 1 : std::min<int64_t>(w.panels, std::max<int64_t>(1, (4 * threads + blocks - 1) / blocks));
+  const int64_t columns = threads == 1 ? 1 : cuts;
+  cpu::parallel(small ? 1 : blocks * columns, [&](int64_t task) {
+    if (small) return cpu::gemm(w, rows, 0, rows.groups, 0, w.panels, output, init);
+    const int64_t b = task / columns, c = task % columns;
+    cpu::gemm(w, rows, b * block, std::min(rows.groups, (b + 1) * block), w.panels * c / columns,
+              w.panels * (c + 1) / columns, output, init);
+  });
+}
+
+Linear checked_linear(const char* op, const Tensor& packed, int64_t out_features, Tensor& hold) {
+  hold = expect(op, "packed", packed, ScalarType::Byte);
+  Linear w;
+  require(cpu::view_linear(hold.const_data_ptr(), hold.numel(), w), op,
+          ": expected packed weights from pack_linear or pack_qlinear. Got ", hold.numel(), " other bytes.");
+  require(w.n == out_features, op, ": expected out_features = ", w.n, " as packed. Got ", out_features, ".");
+  return w;
+}
+
+}  // namespace
+
+int64_t cpu_isa() { return static_cast<int64_t>(cpu::active_isa()); }
+
+Tensor pack_linear(const Tensor& weight, std::optional<Tensor> bias) {
+  const char* op = "pack_linear";
+  require(weight.dim() == 2, op, ": expected weight of shape [N, K]. Got ", shape_of(weight), ".");
+  const Tensor w = expect_float(op, "weight", weight);
+  if (w.scalar_type() == ScalarType::BFloat16)
+    return pack(op, cpu::WeightKind::bf16, w, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
+  if (w.scalar_type() == ScalarType::Float)
+    return pack(op, cpu::WeightKind::f32, w, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
+  Tensor wide = empty({w.size(0), w.size(1)}, ScalarType::Float);
+  cpu::row_kernels().load_row(w.const_data_ptr(), cpu::Dtype::f16, w.numel(), static_cast<float*>(wide.mutable_data_ptr()));
+  return pack(op, cpu::WeightKind::f32, wide, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
+}
+
+Tensor pack_qlinear(const Tensor& codes, const Tensor& scale, std::optional<Tensor> bias, double input_scale,
+                    int64_t input_zero_point, double output_scale) {
+  const char* op = "pack_qlinear";
+  require(codes.dim() == 2, op, ": expected weight_codes of shape [N, K]. Got ", shape_of(codes), ".");
+  const Tensor c = expect(op, "weight_codes", codes, ScalarType::Char);
+  const Tensor s = expect(op, "weight_scale", scale, ScalarType::Float);
+  require(s.numel() == 1 || (s.dim() == 1 && s.size(0) == c.size(0)), op, ": expected weight_scale of shape [N] = [",
+          c.size(0), "] or [1]. Got ", shape_of(s), ".");
+  // 127 * 255 * K must fit int32 with the correction of the zero point.
+  require(c.size(1) <= 32768, op, ": expected K <= 32768, beyond which an int32 sum could overflow. Got ", c.size(1), ".");
+  require(std::isfinite(input_scale) && input_scale >= 0.0, op, ": expected input_scale >= 0 (0: per token). Got ",
+          input_scale, ".");
+  require(std::isfinite(output_scale) && output_scale >= 0.0, op, ": expected output_scale >= 0 (0: none). Got ",
+          output_scale, ".");
+  require(input_zero_point >= 0 && input_zero_point <= 255, op, ": expected input_zero_point in [0, 255]. Got ",
+          input_zero_point, ".");
+  require(input_zero_point == 0 || input_scale > 0.0, op,
+          ": expected a static input_scale beside input_zero_point. Got input_scale = 0 (per token).");
+  const int8_t* values = static_cast<const int8_t*>(c.const_data_ptr());
+  for (int64_t i = 0; i < c.numel(); ++i)
+    require(values[i] != -128, op, ": expected weight_codes in [-127, 127]. Got -128 at row ", i / c.size(1), ".");
+  const int64_t zero = input_zero_point == 0 ? cpu::kSignedZero : input_zero_point;
+  return pack(op, cpu::WeightKind::s8, c, &s, bias, input_scale, zero, output_scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor> unpack_linear(const Tensor& packed) {
+  const Tensor p = expect("unpack_linear", "packed", packed, ScalarType::Byte);
+  Linear w;
+  require(cpu::view_linear(p.const_data_ptr(), p.numel(), w),
+          "unpack_linear: expected packed weights from pack_linear or pack_qlinear. Got ", p.numel(), " other bytes.");
+  const ScalarType dtype = w.kind == cpu::WeightKind::s8     ? ScalarType::Char
+                           : w.kind == cpu::WeightKind::bf16 ? ScalarType::BFloat16
+                                                             : ScalarType::Float;
+  Tensor weight = empty({w.n, w.k}, dtype);
+  Tensor scale = empty({w.kind == cpu::WeightKind::s8 ? w.n : 0}, ScalarType::Float);
+  Tensor bias = empty({w.n}, ScalarType::Float);
+  cpu::unpack_linear(w, weight.mutable_data_ptr(), static_cast<float*>(scale.mutable_data_ptr()),
+                     static_cast<float*>(bias.mutable_data_ptr()));
+  return {weight, scale, bias};
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, int64_t activation,
+              std::optional<Tensor> residual, std::optional<ScalarType> out_dtype) {
+  const char* op = "linear";
+  const Tensor in = expect_float(op, "x", x);
+  Tensor weights, hold, residual_hold;
+  const Linear w = checked_linear(op, packed, out_features, weights);
+  require(in.dim() >= 1 && in.size(in.dim() - 1) == w.k, op, ": expected x of shape [..., K] = [..., ", w.k, "]. Got ",
+          shape_of(in), ".");
+  std::vector<int64_t> shape = shape_vector(in);
+  shape.back() = w.n;
+  int64_t m = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) m *= shape[i];
+  cpu::Output output;
+  output.activation = checked_activation(op, activation);
+  const Tensor keep = residual_rows(op, residual, m, w.n, residual_hold, output.residual);
+  const ScalarType dtype = output_dtype(op, out_dtype, in.scalar_type());
+  Tensor out = empty(shape, dtype);
+  output.residual_pitch = w.n, output.out_pitch = w.n, output.dtype = kernel_dtype(dtype);
+  output.out = out.mutable_data_ptr();
+  const float* rows = as_float_rows(in, m, w.k, hold);
+  multiply(w, m, output, nullptr, nullptr, [&](const Rows& r, int64_t g) { cpu::pack_group(w, r, g, rows, w.k); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, double scale, int64_t zero_point, bool is_unsigned) {
+  const char* op = "quantize_rows";
+  const Tensor in = expect_float(op, "x", x);
+  require(in.dim() >= 1, op, ": expected x of shape [..., K]. Got a scalar.");
+  require(std::isfinite(scale) && scale >= 0.0, op, ": expected scale >= 0 (0: per row). Got ", scale, ".");
+  require(is_unsigned || zero_point == 0, op, ": expected zero_point = 0 for signed codes. Got ", zero_point, ".");
+  require(!is_unsigned || (scale > 0.0 && zero_point >= 0 && zero_point <= 255 && zero_point != 128), op,
+          ": expected a static scale and a zero_point in [0, 255] other than 128 for unsigned codes. Got scale ", scale,
+          ", zero_point ", zero_point, ".");
+  std::vector<int64_t> shape = shape_vector(in);
+  const int64_t k = shape.back();
+  const int64_t m = k ? in.numel() / k : 0;
+  Tensor hold;
+  const float* rows = as_float_rows(in, m, k, hold);
+  Tensor codes = empty(shape, is_unsigned ? ScalarType::Byte : ScalarType::Char);
+  shape.pop_back();
+  Tensor scales = empty(shape, ScalarType::Float);
+  uint8_t* out = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  float* steps = static_cast<float*>(scales.mutable_data_ptr());
+  const int32_t zero = is_unsigned ? static_cast<int32_t>(zero_point) : cpu::kSignedZero;
+  const int64_t tasks = m * k < 32768 ? 1 : std::min<int64_t>(m, 4 * cpu::thread_count());
+  cpu::parallel(tasks, [&](int64_t task) {
+    for (int64_t r = m * task / tasks; r < m * (task + 1) / tasks; ++r) {
+      steps[r] = cpu::row_kernels().quantize_row(rows + r * k, k, static_cast<float>(scale), zero, out + r * k);
+      if (!is_unsigned)
+        for (int64_t j = 0; j < k; ++j) out[r * k + j] ^= 0x80;
+    }
+  });
+  return {codes, scales};
+}
+
+Tensor qgemm(const Tensor& codes, const Tensor& scale, int64_t zero_point, const Tensor& packed, int64_t out_features,
+             int64_t activation, std::optional<Tensor> residual, std::optional<ScalarType> out_dtype) {
+  const char* op = "qgemm";
+  Tensor weights, residual_hold;
+  const Linear w = checked_linear(op, packed, out_features, weights);
+  require(w.kind == cpu::WeightKind::s8, op, ": expected packed int8 weights (pack_qlinear). Got float weights.");
+  const bool is_signed = codes.scalar_type() == ScalarType::Char;
+  const Tensor c = expect(op, "codes", codes, is_signed ? ScalarType::Char : ScalarType::Byte);
+  require(c.dim() == 2 && c.size(1) == w.k, op, ": expected codes of shape [M, K] = [M, ", w.k, "]. Got ", shape_of(c), ".");
+  require(is_signed ? zero_point == 0 : zero_point >= 0 && zero_point <= 255, op,
+          ": expected zero_point 0 for int8 codes, [0, 255] for uint8. Got ", zero_point, ".");
+  const int64_t m = c.size(0);
+  const Tensor s = expect(op, "scale", scale, ScalarType::Float);
+  require(s.numel() == 1 || s.numel() == m, op, ": expected scale of shape [M] = [", m, "] or [1]. Got ", shape_of(s), ".");
+  const float* steps = static_cast<const float*>(s.const_data_ptr());
+  std::vector<float> per_row(static_cast<size_t>(m));
+  for (int64_t r = 0; r < m; ++r) per_row[static_cast<size_t>(r)] = steps[s.numel() == 1 ? 0 : r];
+  cpu::Output output;
+  output.activation = checked_activation(op, activation);
+  const Tensor keep = residual_rows(op, residual, m, w.n, residual_hold, output.residual);
+  const ScalarType dtype = output_dtype(op, out_dtype, ScalarType::Float);
+  Tensor out = empty({m, w.n}, dtype);
+  output.residual_pitch = w.n, output.out_pitch = w.n, output.dtype = kernel_dtype(dtype);
+  output.out = out.mutable_data_ptr();
+  const int64_t zero = is_signed ? cpu::kSignedZero : zero_point;
+  std::vector<int32_t> init;
+  if (zero != w.input_zero) {
+    init.resize(static_cast<size_t>(w.panels * cpu::kPanel));
+    for (size_t i = 0; i < init.size(); ++i) init[i] = static_cast<int32_t>(-zero) * w.column_sum[i];
+  }
+  const uint8_t* data = static_cast<const uint8_t*>(c.const_data_ptr());
+  multiply(w, m, output, init.empty() ? nullptr : init.data(), per_row.data(), [&](const Rows& r, int64_t g) {
+    cpu::pack_code_group(r, g, data, w.k, is_signed ? 0x80 : 0);
+  });
+  return out;
+}
+
+}  // namespace bertkern::ops

@@ -1,0 +1,3 @@
+#include "cpu/rowwise/body.h"
+
+BERTKERN_DEFINE_ROWS(avx512)

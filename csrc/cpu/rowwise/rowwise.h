@@ -1,0 +1,84 @@
+// Row kernels: what happens to complete rows between matrix products. One row at a time, so that a row's result depends
+// on nothing else.
+//
+//   load_row        out = float(x)
+//   store_row       out = round(x) to fp32, bf16 or fp16
+//   quantize_row    u = clamp(round(x / s) + z, lo, hi) as u8, returns s
+//                     step = 0: s = max|x| / 127 (1 for a row of zeros), z = 128, codes in [1, 255]
+//                     step > 0: s = step; z = 128: codes in [1, 255] (signed codes -127..127); else codes in [0, 255]
+//                     A row with a NaN or Inf returns NaN, which the epilogue spreads over that row alone.
+//   layer_norm_row  out = (x - mean) / sqrt(var + eps) * gamma + beta
+//   add_scaled_row  acc += scale * x, x fp32, bf16, fp16 or int8
+//   epilogue        a tile C[mr][32] of a GEMM to rows of Y, see Epilogue
+//   transpose       dst[j][i] = src[i][j] of dwords
+//   attention       softmax(Q K^T * scale + bias) V for one head of one sequence, see AttentionHead
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/gemm/gemm.h"
+
+namespace bertkern::cpu {
+
+enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2, s8 = 3, u8 = 4 };
+
+enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, tanh = 4, silu = 5 };
+constexpr int32_t kActivations = 6;
+
+// y = C (fp32), or C * weight_scale[n] * row_scale[m] (int32);  y += bias[n];
+// y = clamp(round(y / output_scale), -127, 127) * output_scale where output_scale > 0;
+// y = act(y) + residual[m, n], stored as `dtype`.
+struct Epilogue {
+  const float* weight_scale;  // null: C is fp32
+  const float* bias;
+  float output_scale;
+  Activation activation;
+  const float* row_scale;  // of the tile's first row
+  const float* residual;   // null: none
+  int64_t residual_pitch;
+  void* out;
+  int64_t out_pitch;  // elements
+  Dtype dtype;
+};
+
+// One head of one sequence. Rows of q, k, v and out are tokens, `pitch` floats apart; keys are the first n_keys tokens,
+// queries n_queries tokens from q. bias: [n_queries][bias_pitch] added to the scaled scores, or null.
+// position: bias column of each key and bias row of each query (null: 0, 1, 2, ...).
+struct AttentionHead {
+  const float* q;
+  const float* k;
+  const float* v;
+  float* out;
+  int64_t pitch;
+  int64_t out_pitch;
+  int64_t n_queries;
+  int64_t n_keys;
+  int64_t head_dim;
+  float scale;
+  const float* bias;
+  int64_t bias_pitch;
+  const int32_t* query_position;
+  const int32_t* key_position;
+  const TileKernels* tiles;  // f32
+  float* scratch;            // attention_scratch(n_keys, head_dim) floats
+};
+
+static inline int64_t attention_scratch(int64_t n_keys, int64_t head_dim) {
+  const int64_t keys = (n_keys + 31) / 32 * 32;
+  return keys * head_dim + keys * kPanel + 3 * head_dim * kPanel + 4 * kPanel;
+}
+
+struct RowKernels {
+  void (*load_row)(const void* x, Dtype dtype, int64_t n, float* out);
+  void (*store_row)(const float* x, int64_t n, Dtype dtype, void* out);
+  float (*quantize_row)(const float* x, int64_t n, float step, int32_t zero_point, uint8_t* out);
+  void (*layer_norm_row)(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out);
+  void (*add_scaled_row)(const void* x, Dtype dtype, int64_t n, float scale, float* acc);
+  void (*epilogue)(void* tile, int mr, int64_t columns, const Epilogue& e);
+  void (*attention)(const AttentionHead& head);
+  void (*transpose)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst, int64_t ld_dst);
+};
+
+const RowKernels& row_kernels();  // of active_isa()
+
+}  // namespace bertkern::cpu

@@ -1,0 +1,401 @@
+// One vector vocabulary for every ISA, so that a row kernel is written once and compiled once per instruction set.
+//
+// Include it only from files compiled for one ISA: the width follows from the compiler's flags. Everything is
+// static and forced inline, and nothing but <stdint.h>, <stddef.h> and the intrinsics is included: inline code of the
+// standard library compiled here with AVX-512 flags could be picked by the linker for the portable path.
+//
+//   vf      kWidth floats          vload/vstore      kWidth lanes, unaligned
+//   vi      kWidth int32           vload_n/vstore_n  the first n lanes, 0 <= n <= kWidth; the rest reads as 0
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define BK_INLINE static inline __attribute__((always_inline))
+
+namespace bertkern::cpu {
+namespace {
+
+BK_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+BK_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Round to nearest even; a NaN keeps its sign and stays quiet.
+BK_INLINE uint16_t float_to_bf16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+BK_INLINE float bf16_to_float(uint16_t value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
+
+#if defined(__AVX512F__)
+// ------------------------------------------------------------------------------------------------ AVX-512
+constexpr int kWidth = 16;
+using vf = __m512;
+using vi = __m512i;
+
+BK_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+BK_INLINE vf vset(float x) { return _mm512_set1_ps(x); }
+BK_INLINE vi vseti(int32_t x) { return _mm512_set1_epi32(x); }
+BK_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
+BK_INLINE vf vload_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+BK_INLINE vi vloadi(const int32_t* p) { return _mm512_loadu_si512(p); }
+BK_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+BK_INLINE void vstore_n(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+BK_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+BK_INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+BK_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+BK_INLINE vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
+BK_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+BK_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }  // b where either is NaN
+BK_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+BK_INLINE vi vmaxi(vi a, vi b) { return _mm512_max_epi32(a, b); }
+BK_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
+BK_INLINE vi as_int(vf a) { return _mm512_castps_si512(a); }
+BK_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
+BK_INLINE vi vandi(vi a, vi b) { return _mm512_and_si512(a, b); }
+BK_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+BK_INLINE vi round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
+BK_INLINE vf vround(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BK_INLINE vf select_lt(vf a, vf b, vf yes, vf no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+BK_INLINE vf pow2(vf n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+BK_INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a); }
+BK_INLINE float vmax_lane(vf a) { return _mm512_reduce_max_ps(a); }
+BK_INLINE int32_t vmaxi_lane(vi a) { return _mm512_reduce_max_epi32(a); }
+
+BK_INLINE vf vload_bf16_n(const uint16_t* p, int64_t n) {
+  const __m256i h = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+BK_INLINE vf vload_f16_n(const uint16_t* p, int64_t n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+BK_INLINE __m512i bf16_bits(vf x) {  // in the low half of each lane
+  const __m512i bits = as_int(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), vseti(1));
+  const __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, vseti(0x7fff))), 16);
+  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), vseti(0x40));
+  return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), up, quiet);
+}
+BK_INLINE void vstore_bf16_n(uint16_t* p, vf x, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtepi32_epi16(bf16_bits(x)));
+}
+BK_INLINE void vstore_f16_n(uint16_t* p, vf x, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+BK_INLINE void vstore_u8_n(uint8_t* p, vi x, int64_t n) {  // lanes already in [0, 255]
+  _mm_mask_storeu_epi8(p, first_lanes(n), _mm512_cvtepi32_epi8(x));
+}
+BK_INLINE vf vload_s8_n(const int8_t* p, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
+
+// dst[j][i] = src[i][j] for a 16 x 16 block.
+BK_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  __m512 r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(src + i * ld_src);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]);
+    const __m512d c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
+    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_ps(dst + (0 + i) * ld_dst, _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88));
+    _mm512_storeu_ps(dst + (4 + i) * ld_dst, _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88));
+    _mm512_storeu_ps(dst + (8 + i) * ld_dst, _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd));
+    _mm512_storeu_ps(dst + (12 + i) * ld_dst, _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd));
+  }
+}
+
+#elif defined(__AVX2__)
+// --------------------------------------------------------------------------------------------------- AVX2
+constexpr int kWidth = 8;
+using vf = __m256;
+using vi = __m256i;
+
+BK_INLINE __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+BK_INLINE vf vset(float x) { return _mm256_set1_ps(x); }
+BK_INLINE vi vseti(int32_t x) { return _mm256_set1_epi32(x); }
+BK_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
+BK_INLINE vf vload_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+BK_INLINE vi vloadi(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+BK_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
+BK_INLINE void vstore_n(float* p, vf x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+BK_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
+BK_INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+BK_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+BK_INLINE vf vdiv(vf a, vf b) { return _mm256_div_ps(a, b); }
+BK_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+BK_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+BK_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+BK_INLINE vi vmaxi(vi a, vi b) { return _mm256_max_epi32(a, b); }
+BK_INLINE vf vabs(vf a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
+BK_INLINE vi as_int(vf a) { return _mm256_castps_si256(a); }
+BK_INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a); }
+BK_INLINE vi vandi(vi a, vi b) { return _mm256_and_si256(a, b); }
+BK_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
+BK_INLINE vi round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
+BK_INLINE vf vround(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BK_INLINE vf select_lt(vf a, vf b, vf yes, vf no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+BK_INLINE vf pow2(vf n) {  // n integral, -126 <= n <= 127
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+BK_INLINE float vsum(vf a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+BK_INLINE float vmax_lane(vf a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+BK_INLINE int32_t vmaxi_lane(vi a) {
+  __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+BK_INLINE __m128i load_u16_n(const uint16_t* p, int64_t n) {
+  uint16_t lanes[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  if (n == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes));
+}
+BK_INLINE void store_u16_n(uint16_t* p, __m128i x, int64_t n) {
+  if (n == 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x);
+  uint16_t lanes[8];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes), x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+BK_INLINE vf vload_bf16_n(const uint16_t* p, int64_t n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_u16_n(p, n)), 16));
+}
+BK_INLINE vf vload_f16_n(const uint16_t* p, int64_t n) { return _mm256_cvtph_ps(load_u16_n(p, n)); }
+BK_INLINE __m256i bf16_bits(vf x) {
+  const __m256i bits = as_int(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), vseti(1));
+  const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, vseti(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), vseti(0x40));
+  return _mm256_blendv_epi8(up, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+BK_INLINE void vstore_bf16_n(uint16_t* p, vf x, int64_t n) {
+  const __m256i h = bf16_bits(x);
+  store_u16_n(p, _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)), n);
+}
+BK_INLINE void vstore_f16_n(uint16_t* p, vf x, int64_t n) {
+  store_u16_n(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
+}
+BK_INLINE void vstore_u8_n(uint8_t* p, vi x, int64_t n) {
+  const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  const __m128i b = _mm_packus_epi16(h, h);
+  if (n == 8) return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), b);
+  uint8_t lanes[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes), b);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+BK_INLINE vf vload_s8_n(const int8_t* p, int64_t n) {
+  int8_t lanes[16] = {0};
+  if (n == 8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lanes))));
+}
+
+BK_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  __m256 r[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * ld_src);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(dst + i * ld_dst, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
+    _mm256_storeu_ps(dst + (4 + i) * ld_dst, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+  }
+}
+
+#else
+// ----------------------------------------------------------------------------------- any processor (GNU vectors)
+constexpr int kWidth = 4;
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+
+BK_INLINE vf vset(float x) { return vf{x, x, x, x}; }
+BK_INLINE vi vseti(int32_t x) { return vi{x, x, x, x}; }
+BK_INLINE vf vload(const float* p) {
+  vf x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+BK_INLINE vf vload_n(const float* p, int64_t n) {
+  vf x = vset(0.0f);
+  __builtin_memcpy(&x, p, static_cast<size_t>(n) * 4);
+  return x;
+}
+BK_INLINE vi vloadi(const int32_t* p) {
+  vi x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+BK_INLINE void vstore(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
+BK_INLINE void vstore_n(float* p, vf x, int64_t n) { __builtin_memcpy(p, &x, static_cast<size_t>(n) * 4); }
+BK_INLINE vi as_int(vf a) { return reinterpret_cast<vi>(a); }
+BK_INLINE vf as_float(vi a) { return reinterpret_cast<vf>(a); }
+BK_INLINE vf vadd(vf a, vf b) { return a + b; }
+BK_INLINE vf vsub(vf a, vf b) { return a - b; }
+BK_INLINE vf vmul(vf a, vf b) { return a * b; }
+BK_INLINE vf vdiv(vf a, vf b) { return a / b; }
+BK_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }  // two roundings: there is no FMA to rely on
+BK_INLINE vf select(vi mask, vf yes, vf no) { return as_float((as_int(yes) & mask) | (as_int(no) & ~mask)); }
+BK_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
+BK_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
+BK_INLINE vi vmaxi(vi a, vi b) {
+  const vi mask = a > b;
+  return (a & mask) | (b & ~mask);
+}
+BK_INLINE vf vabs(vf a) { return as_float(as_int(a) & 0x7fffffff); }
+BK_INLINE vi vandi(vi a, vi b) { return a & b; }
+BK_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
+// Adding and taking away 1.5 * 2^23 rounds to nearest even for |a| < 2^22; larger values are integral already.
+BK_INLINE vf vround(vf a) {
+  const vf magic = vset(12582912.0f);
+  return select(vabs(a) < vset(4194304.0f), (a + magic) - magic, a);
+}
+BK_INLINE vi round_to_int(vf a) { return __builtin_convertvector(vround(a), vi); }
+BK_INLINE vf select_lt(vf a, vf b, vf yes, vf no) { return select(a < b, yes, no); }
+BK_INLINE vf pow2(vf n) { return as_float((round_to_int(n) + 127) << 23); }
+BK_INLINE float vsum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+BK_INLINE float vmax_lane(vf a) {
+  const float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
+  return x > y ? x : y;
+}
+BK_INLINE int32_t vmaxi_lane(vi a) {
+  const int32_t x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
+  return x > y ? x : y;
+}
+
+BK_INLINE float f16_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
+  if (exponent == 31u) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent != 0u) return bits_to_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+  const float tiny = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+  return sign ? -tiny : tiny;
+}
+BK_INLINE uint16_t float_to_f16(float value) {
+  const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {  // subnormal: let the float adder round at 2^-24
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13));
+}
+BK_INLINE vf vload_bf16_n(const uint16_t* p, int64_t n) {
+  vf x = vset(0.0f);
+  for (int64_t i = 0; i < n; ++i) x[i] = bf16_to_float(p[i]);
+  return x;
+}
+BK_INLINE vf vload_f16_n(const uint16_t* p, int64_t n) {
+  vf x = vset(0.0f);
+  for (int64_t i = 0; i < n; ++i) x[i] = f16_to_float(p[i]);
+  return x;
+}
+BK_INLINE void vstore_bf16_n(uint16_t* p, vf x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = float_to_bf16(x[i]);
+}
+BK_INLINE void vstore_f16_n(uint16_t* p, vf x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = float_to_f16(x[i]);
+}
+BK_INLINE void vstore_u8_n(uint8_t* p, vi x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(x[i]);
+}
+BK_INLINE vf vload_s8_n(const int8_t* p, int64_t n) {
+  vf x = vset(0.0f);
+  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(p[i]);
+  return x;
+}
+BK_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) dst[j * ld_dst + i] = src[i * ld_src + j];
+}
+#endif
+
+// exp(x), relative error below 1.2e-7 * 2: Cody-Waite reduction by ln 2 in two parts, degree-6 polynomial.
+// x <= -87.3 gives 0 (no denormals), x >= 88.3 saturates near 2.3e38, NaN stays NaN.
+BK_INLINE vf vexp(vf x) {
+  const vf low = vset(-87.3f);
+  const vf clamped = vmin(vset(88.3f), vmax(low, x));  // the second operand survives a NaN
+  const vf n = vround(vmul(clamped, vset(1.44269504088896341f)));
+  vf r = vfma(n, vset(-0.693359375f), clamped);
+  r = vfma(n, vset(2.12194440e-4f), r);
+  vf p = vset(1.9875691500e-4f);
+  p = vfma(p, r, vset(1.3981999507e-3f));
+  p = vfma(p, r, vset(8.3334519073e-3f));
+  p = vfma(p, r, vset(4.1665795894e-2f));
+  p = vfma(p, r, vset(1.6666665459e-1f));
+  p = vfma(p, r, vset(5.0000001201e-1f));
+  p = vadd(vfma(p, vmul(r, r), r), vset(1.0f));
+  return select_lt(x, low, vset(0.0f), vmul(p, pow2(n)));
+}
+
+// dst[j][i] = src[i][j], any size; the tails go element by element.
+BK_INLINE void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst, int64_t ld_dst) {
+  int64_t i = 0;
+  for (; i + kWidth <= rows; i += kWidth) {
+    int64_t j = 0;
+    for (; j + kWidth <= cols; j += kWidth) transpose_block(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst);
+    for (; j < cols; ++j)
+      for (int64_t k = i; k < i + kWidth; ++k) dst[j * ld_dst + k] = src[k * ld_src + j];
+  }
+  for (; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) dst[j * ld_dst + i] = src[i * ld_src + j];
+}
+
+}  // namespace
+}  // namespace bertkern::cpu
