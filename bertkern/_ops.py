@@ -46,6 +46,12 @@ def _(codes, scale, zero_point, packed, out_features, activation=0, residual=Non
     return codes.new_empty((codes.shape[0], out_features), dtype=out_dtype or torch.float32)
 
 
+@torch.library.register_fake("bertkern::qgemm_requantize")
+def _(codes, scale, zero_point, packed, out_features, activation=0) -> tuple[Tensor, Tensor]:
+    out = codes.new_empty((codes.shape[0], out_features), dtype=torch.int8)
+    return out, codes.new_empty(codes.shape[0], dtype=torch.float32)
+
+
 @torch.library.register_fake("bertkern::add_layernorm")
 def _(x, residual, weight, bias, eps) -> Tensor:
     return x.new_empty(x.shape)

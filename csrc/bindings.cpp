@@ -19,6 +19,9 @@ STABLE_TORCH_LIBRARY(bertkern, m) {
   m.def(
       "qgemm(Tensor codes, Tensor scale, int zero_point, Tensor packed, SymInt out_features, int activation=0, "
       "Tensor? residual=None, ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "qgemm_requantize(Tensor codes, Tensor scale, int zero_point, Tensor packed, SymInt out_features, "
+      "int activation=0) -> (Tensor, Tensor)");
   m.def("add_layernorm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
       "embed(Tensor[] ids, Tensor[] tables, Tensor[] scales, Tensor weight, Tensor bias, float eps, "
@@ -39,6 +42,7 @@ STABLE_TORCH_LIBRARY_IMPL(bertkern, CPU, m) {
   m.impl("linear", TORCH_BOX(&bertkern::ops::linear));
   m.impl("quantize_rows", TORCH_BOX(&bertkern::ops::quantize_rows));
   m.impl("qgemm", TORCH_BOX(&bertkern::ops::qgemm));
+  m.impl("qgemm_requantize", TORCH_BOX(&bertkern::ops::qgemm_requantize));
   m.impl("add_layernorm", TORCH_BOX(&bertkern::ops::add_layernorm));
   m.impl("embed", TORCH_BOX(&bertkern::ops::embed));
   m.impl("encoder", TORCH_BOX(&bertkern::ops::encoder));

@@ -129,8 +129,7 @@ class Bertkern(Linear):
     def call(self, x: Any, packed: Any) -> Any:
         codes, scale = x
         if self.epilogue == "gelu+q8":
-            y = self.ops.qgemm(codes, scale, 0, packed, self.n, activation=1)
-            return self.ops.quantize_rows(y)
+            return self.ops.qgemm_requantize(codes, scale, 0, packed, self.n, activation="gelu")
         dtype = torch.bfloat16 if self.epilogue == "bf16" else None
         return self.ops.qgemm(codes, scale, 0, packed, self.n, out_dtype=dtype)
 
@@ -146,6 +145,6 @@ class BertkernLinear(Bertkern):
 
     def call(self, x: Any, packed: Any) -> Any:
         if self.epilogue == "gelu+q8":
-            return self.ops.quantize_rows(self.ops.linear(x, packed, self.n, activation=1))
+            return self.ops.quantize_rows(self.ops.linear(x, packed, self.n, activation="gelu"))
         dtype = torch.bfloat16 if self.epilogue == "bf16" else None
         return self.ops.linear(x, packed, self.n, out_dtype=dtype)

@@ -38,6 +38,10 @@ class PackedLinear(PackedCache, nn.Linear):
     def _sources(self) -> tuple[Tensor | None, ...]:
         return self._parameters.get("weight"), self._parameters.get("bias")
 
+    def packable(self) -> bool:
+        weight = self._sources()[0]
+        return weight is not None and weight.dtype in FLOATS
+
     def _pack(self) -> Tensor:
         weight, bias = self._sources()
         weight = weight.detach()

@@ -15,7 +15,9 @@ from .._ops import ACTIVATIONS
 _op = torch.ops.bertkern
 
 
-def _activation(name: str) -> int:
+def _activation(name: str | int) -> int:
+    if isinstance(name, int):
+        return name  # the operator checks it
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}. Got {name!r}.")
     return ACTIVATIONS[name]
@@ -63,7 +65,7 @@ def linear(
     x: Tensor,
     packed: Tensor,
     out_features: int,
-    activation: str = "none",
+    activation: str | int = "none",
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -83,15 +85,22 @@ def quantize_rows(x: Tensor, scale: float = 0.0, zero_point: int = 0, unsigned: 
 def qgemm(
     codes: Tensor,
     scale: Tensor,
+    zero_point: int,
     packed: Tensor,
     out_features: int,
-    zero_point: int = 0,
-    activation: str = "none",
+    activation: str | int = "none",
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """linear() for ready codes [M, K], int8 or uint8 with a zero point, and their scale fp32 [M] or [1]."""
+    """linear() for ready codes [M, K], int8 (zero_point 0) or uint8, and their scale fp32 [M] or [1]."""
     return _op.qgemm(codes, scale, zero_point, packed, out_features, _activation(activation), residual, out_dtype)
+
+
+def qgemm_requantize(
+    codes: Tensor, scale: Tensor, zero_point: int, packed: Tensor, out_features: int, activation: str | int = "none"
+) -> tuple[Tensor, Tensor]:
+    """quantize_rows(qgemm(...)) in one pass over rows that stay in the cache: int8 codes [M, N], scale fp32 [M]."""
+    return _op.qgemm_requantize(codes, scale, zero_point, packed, out_features, _activation(activation))
 
 
 def add_layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:
@@ -121,6 +130,7 @@ __all__ = [
     "pack_linear",
     "pack_qlinear",
     "qgemm",
+    "qgemm_requantize",
     "quantize_rows",
     "unpack_linear",
 ]

@@ -73,8 +73,8 @@ inline bool is_activation_dtype(ScalarType t) {
 
 inline Tensor expect_float(const char* op, const char* name, const Tensor& t) {
   require(t.is_cpu(), op, ": expected ", name, " on the CPU. Got another device.");
-  require(is_activation_dtype(t.scalar_type()), op, ": expected ", name,
-          " of dtype float32, bfloat16 or float16. Got ", dtype_name(t.scalar_type()), ".");
+  require(is_activation_dtype(t.scalar_type()), op, ": expected ", name, " of dtype float32, bfloat16 or float16. Got ",
+          dtype_name(t.scalar_type()), ".");
   return dense(t);
 }
 

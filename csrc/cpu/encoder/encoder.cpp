@@ -10,9 +10,9 @@ namespace bertkern::cpu {
 
 namespace {
 
-constexpr int64_t kBlockRows = 56;         // a block's feed-forward output stays in L2
-constexpr int64_t kRowSplitTokens = 64;    // per thread; fewer: split columns
-constexpr int64_t kColumnTasks = 4;        // per thread
+constexpr int64_t kBlockRows = 56;       // a block's feed-forward output stays in L2
+constexpr int64_t kRowSplitTokens = 64;  // per thread; fewer: split columns
+constexpr int64_t kColumnTasks = 4;      // per thread
 
 thread_local Scratch call_memory, operand_memory, block_memory, attention_memory;
 
@@ -39,7 +39,8 @@ struct Encoder {
   void run() {
     const bool by_rows = threads == 1 || call.tokens >= kRowSplitTokens * threads;
     const int64_t n = call.tokens, h = call.hidden;
-    const int64_t parts[] = {align16(n * qkv_pitch()), align16(n * wide), align16(n * h), by_rows ? 0 : align16(n * ffn)};
+    const int64_t parts[] = {align16(n * qkv_pitch()), align16(n * wide), align16(n * h),
+                             by_rows ? 0 : align16(n * ffn)};
     float* memory = call_memory.get<float>(parts[0] + parts[1] + parts[2] + parts[3]);
     qkv = memory, context = qkv + parts[0], y = context + parts[1], inner = y + parts[2];
     if (by_rows)
@@ -96,8 +97,8 @@ struct Encoder {
   Rows pack_block(const Linear& linear, const float* x, int64_t pitch, int64_t rows) {
     const int64_t dwords = align16(rows_dwords(linear, rows));
     uint32_t* data = operand_memory.get<uint32_t>(dwords + rows + 16);
-    const Rows packed =
-        make_rows(linear, rows, data, linear.kind == WeightKind::s8 ? reinterpret_cast<float*>(data + dwords) : nullptr);
+    const Rows packed = make_rows(linear, rows, data,
+                                  linear.kind == WeightKind::s8 ? reinterpret_cast<float*>(data + dwords) : nullptr);
     for (int64_t g = 0; g < packed.groups; ++g) pack_group(linear, packed, g, x, pitch);
     return packed;
   }
@@ -169,7 +170,8 @@ struct Encoder {
       int64_t p0 = panels * task / tasks, p1 = panels * (task + 1) / tasks;
       for (int i = 0; i < count && p1 > 0; ++i) {
         const int64_t own = list[i].linear->panels;
-        if (p0 < own) gemm(*list[i].linear, list[i].rows, 0, list[i].rows.groups, p0, std::min(p1, own), list[i].output);
+        if (p0 < own)
+          gemm(*list[i].linear, list[i].rows, 0, list[i].rows.groups, p0, std::min(p1, own), list[i].output);
         p0 = std::max<int64_t>(0, p0 - own), p1 -= own;
       }
     });

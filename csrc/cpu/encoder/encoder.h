@@ -23,9 +23,9 @@ struct EncoderLayer {
 };
 
 struct Sequence {
-  int64_t begin;   // first packed token
-  int64_t tokens;  // its tokens: keys first
-  int64_t keys;    // attended tokens; 0: the context is zero
+  int64_t begin;      // first packed token
+  int64_t tokens;     // its tokens: keys first
+  int64_t keys;       // attended tokens; 0: the context is zero
   const float* bias;  // [heads][length][length] or null
 };
 

@@ -88,7 +88,8 @@ Tensor encoder(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor
   const int64_t batch = in.size(0), length = in.size(1), h = in.size(2);
   const int64_t layers = static_cast<int64_t>(heads.size());
   require(layers > 0 && static_cast<int64_t>(linears.size()) == 6 * layers, kOp,
-          ": expected 6 packed linears a layer (q, k, v, o, ffn1, ffn2) for ", layers, " layers. Got ", linears.size(), ".");
+          ": expected 6 packed linears a layer (q, k, v, o, ffn1, ffn2) for ", layers, " layers. Got ", linears.size(),
+          ".");
   const Tensor n = expect(kOp, "norms", norms, ScalarType::Float);
   require(n.dim() == 3 && n.size(0) == layers && n.size(1) == 4 && n.size(2) == h, kOp,
           ": expected norms of shape [layers, 4, H] = [", layers, ", 4, ", h, "]. Got ", shape_of(n), ".");
@@ -108,8 +109,9 @@ Tensor encoder(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor
     const int64_t wide = e.q.n, ffn = e.ffn1.n, count = heads[static_cast<size_t>(l)];
     const int64_t expected[6][2] = {{wide, h}, {wide, h}, {wide, h}, {h, wide}, {ffn, h}, {h, ffn}};
     for (int i = 0; i < 6; ++i)
-      require(parts[i]->n == expected[i][0] && parts[i]->k == expected[i][1], kOp, ": expected ", kNames[i], " of layer ", l,
-              " of shape [N, K] = [", expected[i][0], ", ", expected[i][1], "]. Got [", parts[i]->n, ", ", parts[i]->k, "].");
+      require(parts[i]->n == expected[i][0] && parts[i]->k == expected[i][1], kOp, ": expected ", kNames[i],
+              " of layer ", l, " of shape [N, K] = [", expected[i][0], ", ", expected[i][1], "]. Got [", parts[i]->n,
+              ", ", parts[i]->k, "].");
     require(count >= 0 && (count == 0 ? wide == 0 : wide % count == 0), kOp, ": expected layer ", l, "'s width ", wide,
             " to be a multiple of its ", count, " heads.");
     e.norms = static_cast<const float*>(n.const_data_ptr()) + l * 4 * h;
@@ -132,7 +134,8 @@ Tensor encoder(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor
             kOp, ": expected position_bias of shape [1 or B, heads, L, L] = [", batch, ", ", count, ", ", length, ", ",
             length, "]. Got ", shape_of(bias), ".");
     for (int64_t l = 1; l < layers; ++l)
-      require(heads[static_cast<size_t>(l)] == count, kOp, ": expected as many heads in every layer beside a position_bias.");
+      require(heads[static_cast<size_t>(l)] == count, kOp,
+              ": expected as many heads in every layer beside a position_bias.");
     for (int64_t b = 0; b < batch; ++b)
       packing.sequences[static_cast<size_t>(b)].bias =
           static_cast<const float*>(bias.const_data_ptr()) + (bias.size(0) == 1 ? 0 : b * count * length * length);

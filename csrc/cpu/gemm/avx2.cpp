@@ -12,8 +12,12 @@ struct Dot_f32 {
   static __attribute__((always_inline)) Acc init(const void* p, int64_t j) {
     return p ? _mm256_loadu_ps(static_cast<const float*>(p) + j) : _mm256_setzero_ps();
   }
-  static __attribute__((always_inline)) Vec load(const uint32_t* b) { return _mm256_loadu_ps(reinterpret_cast<const float*>(b)); }
-  static __attribute__((always_inline)) Act broadcast(const uint32_t* a) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(*a))); }
+  static __attribute__((always_inline)) Vec load(const uint32_t* b) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(b));
+  }
+  static __attribute__((always_inline)) Act broadcast(const uint32_t* a) {
+    return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(*a)));
+  }
   static __attribute__((always_inline)) void step(Acc& acc, Act x, Vec w) { acc = _mm256_fmadd_ps(x, w, acc); }
   static __attribute__((always_inline)) void store(void* c, Acc acc) { _mm256_storeu_ps(static_cast<float*>(c), acc); }
 };
@@ -27,8 +31,12 @@ struct Dot_bf16 : Dot_f32 {  // the low half of a dword is the earlier k
     return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
-  static __attribute__((always_inline)) Vec load(const uint32_t* b) { return split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b))); }
-  static __attribute__((always_inline)) Act broadcast(const uint32_t* a) { return split(_mm256_set1_epi32(static_cast<int>(*a))); }
+  static __attribute__((always_inline)) Vec load(const uint32_t* b) {
+    return split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  }
+  static __attribute__((always_inline)) Act broadcast(const uint32_t* a) {
+    return split(_mm256_set1_epi32(static_cast<int>(*a)));
+  }
   static __attribute__((always_inline)) void step(Acc& acc, Act x, Vec w) {
     acc = _mm256_fmadd_ps(x.low, w.low, acc);
     acc = _mm256_fmadd_ps(x.high, w.high, acc);
@@ -43,7 +51,8 @@ struct Dot_s8 {
   using Act = Vec;
   static constexpr int kLanes = 8, kVectors = 2;
   static __attribute__((always_inline)) Acc init(const void* p, int64_t j) {
-    return p ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const int32_t*>(p) + j)) : _mm256_setzero_si256();
+    return p ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const int32_t*>(p) + j))
+             : _mm256_setzero_si256();
   }
   static __attribute__((always_inline)) Vec load(const uint32_t* b) {
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
@@ -56,7 +65,9 @@ struct Dot_s8 {
   static __attribute__((always_inline)) void step(Acc& acc, Act x, Vec w) {
     acc = _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(x.even, w.even), _mm256_madd_epi16(x.odd, w.odd)));
   }
-  static __attribute__((always_inline)) void store(void* c, Acc acc) { _mm256_storeu_si256(static_cast<__m256i*>(c), acc); }
+  static __attribute__((always_inline)) void store(void* c, Acc acc) {
+    _mm256_storeu_si256(static_cast<__m256i*>(c), acc);
+  }
 };
 
 }  // namespace

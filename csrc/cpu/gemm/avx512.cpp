@@ -13,7 +13,9 @@ struct Dot_f32 {
     return p ? _mm512_loadu_ps(static_cast<const float*>(p) + j) : _mm512_setzero_ps();
   }
   static __attribute__((always_inline)) Vec load(const uint32_t* b) { return _mm512_loadu_ps(b); }
-  static __attribute__((always_inline)) Act broadcast(const uint32_t* a) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*a))); }
+  static __attribute__((always_inline)) Act broadcast(const uint32_t* a) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*a)));
+  }
   static __attribute__((always_inline)) void step(Acc& acc, Act x, Vec w) { acc = _mm512_fmadd_ps(x, w, acc); }
   static __attribute__((always_inline)) void store(void* c, Acc acc) { _mm512_storeu_ps(c, acc); }
 };
@@ -28,7 +30,9 @@ struct Dot_bf16 : Dot_f32 {  // the low half of a dword is the earlier k
             _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
   static __attribute__((always_inline)) Vec load(const uint32_t* b) { return split(_mm512_loadu_si512(b)); }
-  static __attribute__((always_inline)) Act broadcast(const uint32_t* a) { return split(_mm512_set1_epi32(static_cast<int>(*a))); }
+  static __attribute__((always_inline)) Act broadcast(const uint32_t* a) {
+    return split(_mm512_set1_epi32(static_cast<int>(*a)));
+  }
   static __attribute__((always_inline)) void step(Acc& acc, Act x, Vec w) {
     acc = _mm512_fmadd_ps(x.low, w.low, acc);
     acc = _mm512_fmadd_ps(x.high, w.high, acc);

@@ -37,7 +37,7 @@ struct TileKernels {
   TileFn tile[kMaxRows + 1];  // by mr; [0] is null
 };
 
-const TileKernels& tile_kernels(WeightKind kind);  // of active_isa()
+const TileKernels& tile_kernels(WeightKind kind);           // of active_isa()
 const TileKernels* tile_kernels(WeightKind kind, Isa isa);  // null where kernels.inc has no such row
 
 }  // namespace bertkern::cpu

@@ -66,7 +66,8 @@ void pack_linear(const LinearHeader& header, const void* weight, const float* sc
     const char* row = static_cast<const char*>(weight) + i * k * bytes;
     char* column = weights + ((i / kPanel) * kd * kPanel + i % kPanel) * 4;
     for (int64_t d = 0; d < kd; ++d)
-      std::memcpy(column + d * kPanel * 4, row + d * 4, static_cast<size_t>(std::min(per_dword, k - d * per_dword) * bytes));
+      std::memcpy(column + d * kPanel * 4, row + d * 4,
+                  static_cast<size_t>(std::min(per_dword, k - d * per_dword) * bytes));
   }
   char* tail = weights + np * kd * 4;
   if (kind == WeightKind::s8) {
@@ -148,8 +149,8 @@ void pack_group(const Linear& linear, const Rows& rows, int64_t group, const flo
     const float* row = x + r * pitch;
     if (linear.k > 0) out[rows.kd - 1] = 0;
     if (linear.kind == WeightKind::s8) {
-      const float scale = kernels.quantize_row(row, linear.k, linear.input_scale, linear.input_zero,
-                                               reinterpret_cast<uint8_t*>(out));
+      const float scale =
+          kernels.quantize_row(row, linear.k, linear.input_scale, linear.input_zero, reinterpret_cast<uint8_t*>(out));
       rows.scale[r] = scale;
     } else {
       kernels.store_row(row, linear.k, linear.kind == WeightKind::bf16 ? Dtype::bf16 : Dtype::f32, out);
@@ -157,11 +158,22 @@ void pack_group(const Linear& linear, const Rows& rows, int64_t group, const flo
   });
 }
 
+void flip_codes(const uint8_t* codes, int64_t count, uint8_t xor_mask, uint8_t* out) {
+  const uint64_t mask = xor_mask * uint64_t{0x0101010101010101};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, codes + i, 8);
+    word ^= mask;
+    std::memcpy(out + i, &word, 8);
+  }
+  for (; i < count; ++i) out[i] = codes[i] ^ xor_mask;
+}
+
 void pack_code_group(const Rows& rows, int64_t group, const uint8_t* codes, int64_t k, uint8_t xor_mask) {
   pack_rows(rows, group, [&](int64_t r, uint32_t* out) {
     if (k > 0) out[rows.kd - 1] = 0;
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
-    for (int64_t j = 0; j < k; ++j) bytes[j] = codes[r * k + j] ^ xor_mask;
+    flip_codes(codes + r * k, k, xor_mask, reinterpret_cast<uint8_t*>(out));
   });
 }
 

@@ -65,7 +65,9 @@ struct Rows {
   int64_t rows, groups, kd;
   uint32_t* data;
   float* scale;  // per row (s8)
-  int64_t begin(int64_t group) const { return group * (rows / groups) + (group < rows % groups ? group : rows % groups); }
+  int64_t begin(int64_t group) const {
+    return group * (rows / groups) + (group < rows % groups ? group : rows % groups);
+  }
   int64_t pitch() const { return rows == groups ? 1 : kGroupPitch; }
   uint32_t* group_data(int64_t group) const { return data + group * kd * pitch(); }
 };
@@ -77,7 +79,9 @@ Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale)
 
 // Converts (fp32 -> the kind's operand) and packs one group. x: fp32 rows, `pitch` floats apart.
 void pack_group(const Linear& linear, const Rows& rows, int64_t group, const float* x, int64_t pitch);
-// The same for ready codes: u8 with xor_mask 0, s8 with 0x80.
+// out[i] = codes[i] ^ xor_mask: 0x80 turns signed codes into unsigned ones with zero point 128, and back.
+void flip_codes(const uint8_t* codes, int64_t count, uint8_t xor_mask, uint8_t* out);
+// pack_group for ready codes: u8 with xor_mask 0, s8 with 0x80.
 void pack_code_group(const Rows& rows, int64_t group, const uint8_t* codes, int64_t k, uint8_t xor_mask);
 
 struct Output {

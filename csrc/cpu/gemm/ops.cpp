@@ -35,8 +35,9 @@ Tensor pack(const char* op, cpu::WeightKind kind, const Tensor& weight, const Te
     bias_data = as_float_rows(b, 1, header.n, hold);
   }
   Tensor out = empty({cpu::packed_bytes(kind, header.n, header.k)}, ScalarType::Byte);
-  cpu::pack_linear(header, weight.const_data_ptr(), scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
-                   scale ? scale->numel() : 0, bias_data, out.mutable_data_ptr());
+  cpu::pack_linear(header, weight.const_data_ptr(),
+                   scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, scale ? scale->numel() : 0,
+                   bias_data, out.mutable_data_ptr());
   return out;
 }
 
@@ -53,7 +54,8 @@ Tensor residual_rows(const char* op, const std::optional<Tensor>& residual, int6
 
 ScalarType output_dtype(const char* op, std::optional<ScalarType> asked, ScalarType otherwise) {
   const ScalarType dtype = asked.value_or(otherwise);
-  require(is_activation_dtype(dtype), op, ": expected out_dtype float32, bfloat16 or float16. Got ", dtype_name(dtype), ".");
+  require(is_activation_dtype(dtype), op, ": expected out_dtype float32, bfloat16 or float16. Got ", dtype_name(dtype),
+          ".");
   return dtype;
 }
 
@@ -72,12 +74,14 @@ void multiply(const Linear& w, int64_t m, const cpu::Output& output, const int32
   const int64_t threads = cpu::thread_count();
   const int64_t pack_tasks = m * w.k < 32768 ? 1 : std::min(rows.groups, 4 * threads);
   cpu::parallel(pack_tasks, [&](int64_t task) {
-    for (int64_t g = rows.groups * task / pack_tasks; g < rows.groups * (task + 1) / pack_tasks; ++g) pack_group(rows, g);
+    for (int64_t g = rows.groups * task / pack_tasks; g < rows.groups * (task + 1) / pack_tasks; ++g)
+      pack_group(rows, g);
   });
   const bool small = static_cast<double>(m) * w.n * w.k < 500000.0;
   const int64_t block = 4;  // groups: a block's operand stays in L2 while the panels pass
   const int64_t blocks = (rows.groups + block - 1) / block;
-  const int64_t cuts = small ? 1 : std::min<int64_t>(w.panels, std::max<int64_t>(1, (4 * threads + blocks - 1) / blocks));
+  const int64_t cuts =
+      small ? 1 : std::min<int64_t>(w.panels, std::max<int64_t>(1, (4 * threads + blocks - 1) / blocks));
   const int64_t columns = threads == 1 ? 1 : cuts;
   cpu::parallel(small ? 1 : blocks * columns, [&](int64_t task) {
     if (small) return cpu::gemm(w, rows, 0, rows.groups, 0, w.panels, output, init);
@@ -109,7 +113,8 @@ Tensor pack_linear(const Tensor& weight, std::optional<Tensor> bias) {
   if (w.scalar_type() == ScalarType::Float)
     return pack(op, cpu::WeightKind::f32, w, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
   Tensor wide = empty({w.size(0), w.size(1)}, ScalarType::Float);
-  cpu::row_kernels().load_row(w.const_data_ptr(), cpu::Dtype::f16, w.numel(), static_cast<float*>(wide.mutable_data_ptr()));
+  cpu::row_kernels().load_row(w.const_data_ptr(), cpu::Dtype::f16, w.numel(),
+                              static_cast<float*>(wide.mutable_data_ptr()));
   return pack(op, cpu::WeightKind::f32, wide, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
 }
 
@@ -122,7 +127,8 @@ Tensor pack_qlinear(const Tensor& codes, const Tensor& scale, std::optional<Tens
   require(s.numel() == 1 || (s.dim() == 1 && s.size(0) == c.size(0)), op, ": expected weight_scale of shape [N] = [",
           c.size(0), "] or [1]. Got ", shape_of(s), ".");
   // 127 * 255 * K must fit int32 with the correction of the zero point.
-  require(c.size(1) <= 32768, op, ": expected K <= 32768, beyond which an int32 sum could overflow. Got ", c.size(1), ".");
+  require(c.size(1) <= 32768, op, ": expected K <= 32768, beyond which an int32 sum could overflow. Got ", c.size(1),
+          ".");
   require(std::isfinite(input_scale) && input_scale >= 0.0, op, ": expected input_scale >= 0 (0: per token). Got ",
           input_scale, ".");
   require(std::isfinite(output_scale) && output_scale >= 0.0, op, ": expected output_scale >= 0 (0: none). Got ",
@@ -202,48 +208,107 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, double scale, int64_t 
   cpu::parallel(tasks, [&](int64_t task) {
     for (int64_t r = m * task / tasks; r < m * (task + 1) / tasks; ++r) {
       steps[r] = cpu::row_kernels().quantize_row(rows + r * k, k, static_cast<float>(scale), zero, out + r * k);
-      if (!is_unsigned)
-        for (int64_t j = 0; j < k; ++j) out[r * k + j] ^= 0x80;
+      if (!is_unsigned) cpu::flip_codes(out + r * k, k, 0x80, out + r * k);
     }
   });
   return {codes, scales};
 }
+
+namespace {
+
+// The checked left operand of qgemm and qgemm_requantize.
+struct Codes {
+  Tensor codes, scale;
+  int64_t m;
+  std::vector<float> row_scale;
+  std::vector<int32_t> init;  // empty: the weights' own zero point
+  uint8_t xor_mask;
+};
+
+Codes checked_codes(const char* op, const Linear& w, const Tensor& codes, const Tensor& scale, int64_t zero_point) {
+  require(w.kind == cpu::WeightKind::s8, op, ": expected packed int8 weights (pack_qlinear). Got float weights.");
+  const bool is_signed = codes.scalar_type() == ScalarType::Char;
+  Codes a;
+  a.codes = expect(op, "codes", codes, is_signed ? ScalarType::Char : ScalarType::Byte);
+  require(a.codes.dim() == 2 && a.codes.size(1) == w.k, op, ": expected codes of shape [M, K] = [M, ", w.k, "]. Got ",
+          shape_of(a.codes), ".");
+  require(is_signed ? zero_point == 0 : zero_point >= 0 && zero_point <= 255, op,
+          ": expected zero_point 0 for int8 codes, [0, 255] for uint8. Got ", zero_point, ".");
+  a.m = a.codes.size(0);
+  a.scale = expect(op, "scale", scale, ScalarType::Float);
+  require(a.scale.numel() == 1 || a.scale.numel() == a.m, op, ": expected scale of shape [M] = [", a.m,
+          "] or [1]. Got ", shape_of(a.scale), ".");
+  const float* steps = static_cast<const float*>(a.scale.const_data_ptr());
+  a.row_scale.resize(static_cast<size_t>(a.m));
+  for (int64_t r = 0; r < a.m; ++r) a.row_scale[static_cast<size_t>(r)] = steps[a.scale.numel() == 1 ? 0 : r];
+  const int64_t zero = is_signed ? cpu::kSignedZero : zero_point;
+  if (zero != w.input_zero) {
+    a.init.resize(static_cast<size_t>(w.panels * cpu::kPanel));
+    for (size_t i = 0; i < a.init.size(); ++i) a.init[i] = static_cast<int32_t>(-zero) * w.column_sum[i];
+  }
+  a.xor_mask = is_signed ? 0x80 : 0;
+  return a;
+}
+
+thread_local cpu::Scratch requantize_memory, requantize_operand;
+
+}  // namespace
 
 Tensor qgemm(const Tensor& codes, const Tensor& scale, int64_t zero_point, const Tensor& packed, int64_t out_features,
              int64_t activation, std::optional<Tensor> residual, std::optional<ScalarType> out_dtype) {
   const char* op = "qgemm";
   Tensor weights, residual_hold;
   const Linear w = checked_linear(op, packed, out_features, weights);
-  require(w.kind == cpu::WeightKind::s8, op, ": expected packed int8 weights (pack_qlinear). Got float weights.");
-  const bool is_signed = codes.scalar_type() == ScalarType::Char;
-  const Tensor c = expect(op, "codes", codes, is_signed ? ScalarType::Char : ScalarType::Byte);
-  require(c.dim() == 2 && c.size(1) == w.k, op, ": expected codes of shape [M, K] = [M, ", w.k, "]. Got ", shape_of(c), ".");
-  require(is_signed ? zero_point == 0 : zero_point >= 0 && zero_point <= 255, op,
-          ": expected zero_point 0 for int8 codes, [0, 255] for uint8. Got ", zero_point, ".");
-  const int64_t m = c.size(0);
-  const Tensor s = expect(op, "scale", scale, ScalarType::Float);
-  require(s.numel() == 1 || s.numel() == m, op, ": expected scale of shape [M] = [", m, "] or [1]. Got ", shape_of(s), ".");
-  const float* steps = static_cast<const float*>(s.const_data_ptr());
-  std::vector<float> per_row(static_cast<size_t>(m));
-  for (int64_t r = 0; r < m; ++r) per_row[static_cast<size_t>(r)] = steps[s.numel() == 1 ? 0 : r];
+  const Codes a = checked_codes(op, w, codes, scale, zero_point);
   cpu::Output output;
   output.activation = checked_activation(op, activation);
-  const Tensor keep = residual_rows(op, residual, m, w.n, residual_hold, output.residual);
+  const Tensor keep = residual_rows(op, residual, a.m, w.n, residual_hold, output.residual);
   const ScalarType dtype = output_dtype(op, out_dtype, ScalarType::Float);
-  Tensor out = empty({m, w.n}, dtype);
+  Tensor out = empty({a.m, w.n}, dtype);
   output.residual_pitch = w.n, output.out_pitch = w.n, output.dtype = kernel_dtype(dtype);
   output.out = out.mutable_data_ptr();
-  const int64_t zero = is_signed ? cpu::kSignedZero : zero_point;
-  std::vector<int32_t> init;
-  if (zero != w.input_zero) {
-    init.resize(static_cast<size_t>(w.panels * cpu::kPanel));
-    for (size_t i = 0; i < init.size(); ++i) init[i] = static_cast<int32_t>(-zero) * w.column_sum[i];
-  }
-  const uint8_t* data = static_cast<const uint8_t*>(c.const_data_ptr());
-  multiply(w, m, output, init.empty() ? nullptr : init.data(), per_row.data(), [&](const Rows& r, int64_t g) {
-    cpu::pack_code_group(r, g, data, w.k, is_signed ? 0x80 : 0);
-  });
+  const uint8_t* data = static_cast<const uint8_t*>(a.codes.const_data_ptr());
+  multiply(w, a.m, output, a.init.empty() ? nullptr : a.init.data(), a.row_scale.data(),
+           [&](const Rows& r, int64_t g) { cpu::pack_code_group(r, g, data, w.k, a.xor_mask); });
   return out;
+}
+
+std::tuple<Tensor, Tensor> qgemm_requantize(const Tensor& codes, const Tensor& scale, int64_t zero_point,
+                                            const Tensor& packed, int64_t out_features, int64_t activation) {
+  const char* op = "qgemm_requantize";
+  Tensor weights;
+  const Linear w = checked_linear(op, packed, out_features, weights);
+  const Codes a = checked_codes(op, w, codes, scale, zero_point);
+  const cpu::Activation act = checked_activation(op, activation);
+  Tensor out = empty({a.m, w.n}, ScalarType::Char);
+  Tensor out_scale = empty({a.m}, ScalarType::Float);
+  if (a.m == 0 || w.n == 0) return {out, out_scale};
+  const uint8_t* data = static_cast<const uint8_t*>(a.codes.const_data_ptr());
+  uint8_t* target = static_cast<uint8_t*>(out.mutable_data_ptr());
+  float* steps = static_cast<float*>(out_scale.mutable_data_ptr());
+  // A row's range is known only when the row is complete: a task takes whole rows, few enough to stay in L2.
+  const int64_t block_rows = 48, threads = cpu::thread_count();
+  int64_t blocks = (a.m + block_rows - 1) / block_rows;
+  blocks = std::min(a.m, (blocks + threads - 1) / threads * threads);
+  cpu::parallel(blocks, [&](int64_t b) {
+    const int64_t r0 = a.m * b / blocks, count = a.m * (b + 1) / blocks - r0;
+    const int64_t dwords = (cpu::rows_dwords(w, count) + 15) / 16 * 16;
+    uint32_t* operand = requantize_operand.get<uint32_t>(dwords + count + 16);
+    float* row_scale = reinterpret_cast<float*>(operand + dwords);
+    std::copy_n(a.row_scale.data() + r0, count, row_scale);
+    const Rows rows = cpu::make_rows(w, count, operand, row_scale);
+    for (int64_t g = 0; g < rows.groups; ++g) cpu::pack_code_group(rows, g, data + r0 * w.k, w.k, a.xor_mask);
+    float* wide = requantize_memory.get<float>(count * w.n);
+    cpu::Output output;
+    output.activation = act, output.out = wide, output.out_pitch = w.n;
+    cpu::gemm(w, rows, 0, rows.groups, 0, w.panels, output, a.init.empty() ? nullptr : a.init.data());
+    for (int64_t r = 0; r < count; ++r) {
+      uint8_t* row = target + (r0 + r) * w.n;
+      steps[r0 + r] = cpu::row_kernels().quantize_row(wide + r * w.n, w.n, 0.0f, cpu::kSignedZero, row);
+      cpu::flip_codes(row, w.n, 0x80, row);
+    }
+  });
+  return {out, out_scale};
 }
 
 }  // namespace bertkern::ops

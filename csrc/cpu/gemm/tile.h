@@ -67,8 +67,8 @@ constexpr TileKernels make_tiles() {
 }  // namespace
 }  // namespace bertkern::cpu
 
-#define BERTKERN_DEFINE_TILES(kind, isa, max_mr)                                                                     \
-  namespace bertkern::cpu {                                                                                          \
-  extern const TileKernels tiles_##kind##_##isa;                                                                     \
-  const TileKernels tiles_##kind##_##isa = make_tiles<Dot_##kind, max_mr>();                                         \
+#define BERTKERN_DEFINE_TILES(kind, isa, max_mr)                             \
+  namespace bertkern::cpu {                                                  \
+  extern const TileKernels tiles_##kind##_##isa;                             \
+  const TileKernels tiles_##kind##_##isa = make_tiles<Dot_##kind, max_mr>(); \
   }

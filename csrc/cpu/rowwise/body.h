@@ -50,8 +50,8 @@ struct Gelu {
 // x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))
 struct GeluTanh {
   vf operator()(vf x) const {
-    const vf inner = vmul(x, vfma(vmul(x, x), vset(-2.0f * 0.79788456080286536f * 0.044715f),
-                                  vset(-2.0f * 0.79788456080286536f)));
+    const vf inner =
+        vmul(x, vfma(vmul(x, x), vset(-2.0f * 0.79788456080286536f * 0.044715f), vset(-2.0f * 0.79788456080286536f)));
     return vdiv(x, vadd(vset(1.0f), vexp(inner)));
   }
 };
@@ -249,11 +249,11 @@ void run_tiles(const TileKernels& tiles, int64_t rows, const uint32_t* a, int64_
 // lane of its own and its keys are summed in ascending order, so its result depends on no other query.
 void attention(const AttentionHead& h) {
   const int64_t keys_pitch = (h.n_keys + 31) / 32 * 32;
-  float* kt = h.scratch;                            // [head_dim][keys_pitch]
-  float* scores = kt + h.head_dim * keys_pitch;     // [keys][32]
-  float* qt = scores + keys_pitch * kPanel;         // [head_dim][32]
-  float* ot = qt + h.head_dim * kPanel;             // [head_dim][32]
-  float* o = ot + h.head_dim * kPanel;              // [32][head_dim]
+  float* kt = h.scratch;                         // [head_dim][keys_pitch]
+  float* scores = kt + h.head_dim * keys_pitch;  // [keys][32]
+  float* qt = scores + keys_pitch * kPanel;      // [head_dim][32]
+  float* ot = qt + h.head_dim * kPanel;          // [head_dim][32]
+  float* o = ot + h.head_dim * kPanel;           // [32][head_dim]
   transpose(h.k, h.pitch, h.n_keys, h.head_dim, kt, keys_pitch);
   for (int64_t q0 = 0; q0 < h.n_queries; q0 += kPanel) {
     const int64_t queries = h.n_queries - q0 < kPanel ? h.n_queries - q0 : kPanel;
@@ -288,8 +288,7 @@ void attention(const AttentionHead& h) {
     run_tiles(*h.tiles, h.head_dim, reinterpret_cast<const uint32_t*>(h.v), h.pitch, scores, h.n_keys, ot);
     for (int64_t i = 0; i < kPanel; i += kWidth) {
       const vf inverse = vload(qt + i);
-      for (int64_t d = 0; d < h.head_dim; ++d)
-        vstore(ot + d * kPanel + i, vmul(vload(ot + d * kPanel + i), inverse));
+      for (int64_t d = 0; d < h.head_dim; ++d) vstore(ot + d * kPanel + i, vmul(vload(ot + d * kPanel + i), inverse));
     }
     float* out = h.out + q0 * h.out_pitch;
     if (queries == kPanel) {
@@ -309,8 +308,8 @@ constexpr RowKernels make_row_kernels() {
 }  // namespace
 }  // namespace bertkern::cpu
 
-#define BERTKERN_DEFINE_ROWS(isa)                             \
-  namespace bertkern::cpu {                                   \
-  extern const RowKernels rows_##isa;                         \
-  const RowKernels rows_##isa = make_row_kernels();           \
+#define BERTKERN_DEFINE_ROWS(isa)                   \
+  namespace bertkern::cpu {                         \
+  extern const RowKernels rows_##isa;               \
+  const RowKernels rows_##isa = make_row_kernels(); \
   }

@@ -14,7 +14,8 @@ namespace {
 thread_local cpu::Scratch row_memory;
 
 // fp32 gamma and beta of one width.
-const float* norm_vector(const char* op, const char* name, const Tensor& t, int64_t width, Tensor& dense_t, Tensor& hold) {
+const float* norm_vector(const char* op, const char* name, const Tensor& t, int64_t width, Tensor& dense_t,
+                         Tensor& hold) {
   dense_t = expect_float(op, name, t);
   require(dense_t.dim() == 1 && dense_t.size(0) == width, op, ": expected ", name, " of shape [", width, "]. Got ",
           shape_of(dense_t), ".");
@@ -33,7 +34,8 @@ Tensor add_layernorm(const Tensor& x, std::optional<Tensor> residual, const Tens
   Tensor r, g, b, g_hold, b_hold;
   if (residual) {
     r = expect_float(op, "residual", *residual);
-    require(shape_vector(r) == shape, op, ": expected residual of x's shape ", shape_of(in), ". Got ", shape_of(r), ".");
+    require(shape_vector(r) == shape, op, ": expected residual of x's shape ", shape_of(in), ". Got ", shape_of(r),
+            ".");
   }
   const float* gamma = norm_vector(op, "weight", weight, h, g, g_hold);
   const float* beta = norm_vector(op, "bias", bias, h, b, b_hold);
@@ -95,14 +97,15 @@ Tensor embed(std::vector<Tensor> ids, std::vector<Tensor> tables, std::vector<Te
             shape_of(ids[i]), ".");
     const int64_t* values = static_cast<const int64_t*>(ids[i].const_data_ptr());
     for (int64_t t = 0; t < ids[i].numel(); ++t)
-      require(values[t] >= 0 && values[t] < rows, op, ": expected ids in [0, ", rows, ") of table ", i, ". Got ", values[t],
-              ".");
+      require(values[t] >= 0 && values[t] < rows, op, ": expected ids in [0, ", rows, ") of table ", i, ". Got ",
+              values[t], ".");
     parts.push_back({values, static_cast<const char*>(tables[i].const_data_ptr()), kernel_dtype(dtype),
                      h * (dtype == ScalarType::Char ? 1 : dtype_bytes(dtype)),
                      static_cast<const float*>(scales[i].const_data_ptr()), scales[i].numel() != 1});
   }
   const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
-  require(is_activation_dtype(dtype), op, ": expected out_dtype float32, bfloat16 or float16. Got ", dtype_name(dtype), ".");
+  require(is_activation_dtype(dtype), op, ": expected out_dtype float32, bfloat16 or float16. Got ", dtype_name(dtype),
+          ".");
   const int64_t tokens = ids[0].numel();
   shape.push_back(h);
   Tensor out = empty(shape, dtype);
@@ -115,7 +118,8 @@ Tensor embed(std::vector<Tensor> ids, std::vector<Tensor> tables, std::vector<Te
       std::fill_n(row, h, 0.0f);
       for (const Table& part : parts) {
         const int64_t id = part.ids[t];
-        kernels.add_scaled_row(part.rows + id * part.row_bytes, part.dtype, h, part.scale[part.scale_per_row ? id : 0], row);
+        kernels.add_scaled_row(part.rows + id * part.row_bytes, part.dtype, h, part.scale[part.scale_per_row ? id : 0],
+                               row);
       }
       kernels.layer_norm_row(row, h, gamma, beta, static_cast<float>(eps), row);
       kernels.store_row(row, h, kernel_dtype(dtype), target + t * h * dtype_bytes(dtype));

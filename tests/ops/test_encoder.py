@@ -1,0 +1,151 @@
+"""encoder, embed and add_layernorm against float64, over head sizes, masks and both ways of splitting the work."""
+
+import pytest
+import torch
+
+from bertkern import ops
+from bertkern.formats.int8 import quantize_weight
+from tests import reference
+
+encoder = torch.ops.bertkern.encoder
+
+
+def stack(layers, hidden, ffn, kind, seed=0):
+    """Packed linears, their float64 references, and norms."""
+    generator = torch.Generator().manual_seed(seed)
+    packed, plain = [], []
+    for _ in range(layers):
+        for n, k in ((hidden, hidden),) * 4 + ((ffn, hidden), (hidden, ffn)):
+            weight = torch.randn(n, k, generator=generator) / k**0.5
+            bias = torch.randn(n, generator=generator) * 0.1
+            if kind == "int8":
+                w = quantize_weight(weight)
+                packed.append(ops.pack_qlinear(w.codes, w.scale, bias))
+                plain.append(reference.int8_linear(w.codes, w.scale, bias))
+            else:
+                packed.append(ops.pack_linear(weight, bias))
+                plain.append(reference.dense(weight, bias))
+    norms = torch.randn(layers, 4, hidden, generator=generator) * 0.1
+    norms[:, 0] += 1
+    norms[:, 2] += 1
+    return packed, plain, norms
+
+
+def inputs(batch, length, hidden):
+    return torch.randn(batch, length, hidden, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("hidden,heads,ffn", ((64, 4, 128), (52, 2, 117), (39, 3, 50), (80, 1, 33)))
+@pytest.mark.parametrize("length", (1, 7, 33, 150))
+def test_fp32_against_float64(hidden, heads, ffn, length):
+    packed, plain, norms = stack(2, hidden, ffn, "fp32")
+    x = inputs(3, length, hidden)
+    mask = torch.ones(3, length, dtype=torch.long)
+    mask[1, (length + 1) // 2 :] = 0
+    expected = reference.encoder(x, mask, None, plain, norms, [heads] * 2, 1, 1e-12)
+    y = encoder(x, mask, None, packed, norms, [heads] * 2, 1, 1e-12)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=2e-5)
+    states = encoder(x, mask, None, packed, norms, [heads] * 2, 1, 1e-12, False, True)
+    assert torch.equal(states[1], y)
+
+
+def test_int8_against_the_simulation():
+    packed, plain, norms = stack(2, 64, 128, "int8")
+    x = inputs(2, 40, 64)
+    expected = reference.encoder(x, None, None, plain, norms, [4, 4], 1, 1e-12)
+    y = encoder(x, None, None, packed, norms, [4, 4], 1, 1e-12)
+    assert reference.sqnr(expected, y) > 40
+
+
+@pytest.mark.parametrize("keep_padding", (False, True))
+def test_holes_left_padding_and_position_bias(keep_padding):
+    packed, plain, norms = stack(1, 52, 60, "fp32")
+    x = inputs(3, 41, 52)
+    mask = torch.ones(3, 41)
+    mask[0, :9] = 0
+    mask[1, 3:30:4] = 0
+    bias = torch.randn(1, 2, 41, 41, generator=torch.Generator().manual_seed(6))
+    expected = reference.encoder(x, mask, bias, plain, norms, [2], 2, 1e-5, keep_padding)
+    y = encoder(x, mask, bias, packed, norms, [2], 2, 1e-5, keep_padding)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ("int8", "fp32"))
+def test_a_sequence_depends_on_nothing_else(kind):
+    """Alone or in a batch, padded or not, one thread or two, split by rows or by columns: the same bits."""
+    packed, _, norms = stack(2, 64, 96, kind)
+    x = inputs(5, 61, 64)
+    lengths = (61, 1, 17, 40, 32)
+    mask = (torch.arange(61)[None] < torch.tensor(lengths)[:, None]).long()
+    poisoned = torch.where(mask[..., None] != 0, x, torch.full_like(x, float("nan")))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            batch = encoder(poisoned, mask, None, packed, norms, [4, 4], 1, 1e-12)
+            for i, length in enumerate(lengths):
+                alone = encoder(x[i : i + 1, :length], None, None, packed, norms, [4, 4], 1, 1e-12)
+                assert torch.equal(batch[i, :length], alone[0])
+                assert (batch[i, length:] == 0).all()
+            results.append(batch)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16))
+def test_mask_dtypes(dtype):
+    packed, _, norms = stack(1, 32, 40, "fp32")
+    x = inputs(2, 9, 32)
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    expected = encoder(x, mask, None, packed, norms, [2], 1, 1e-12)
+    assert torch.equal(encoder(x, mask.to(dtype), None, packed, norms, [2], 1, 1e-12), expected)
+
+
+def test_embed_and_add_layernorm():
+    generator = torch.Generator().manual_seed(3)
+    for hidden in (1, 15, 48, 312):
+        tables = [torch.randn(n, hidden, generator=generator) for n in (50, 20, 2)]
+        gamma, beta = torch.randn(2, hidden, generator=generator)
+        ids = [torch.randint(0, len(t), (3, 11), generator=generator) for t in tables]
+        ones = [torch.ones(1)] * 3
+        expected = reference.embed(ids, tables, ones, gamma, beta, 1e-5)
+        torch.testing.assert_close(
+            ops.embed(ids, tables, ones, gamma, beta, 1e-5).double(), expected, rtol=1e-4, atol=1e-4
+        )
+        quantized = [quantize_weight(t) for t in tables]
+        codes, scales = [w.codes for w in quantized], [w.scale for w in quantized]
+        expected = reference.embed(ids, codes, scales, gamma, beta, 1e-5)
+        torch.testing.assert_close(
+            ops.embed(ids, codes, scales, gamma, beta, 1e-5).double(), expected, rtol=1e-4, atol=1e-4
+        )
+        x, residual = torch.randn(2, 7, hidden, generator=generator)
+        expected = reference.add_layernorm(x, residual, gamma, beta, 1e-5)
+        torch.testing.assert_close(
+            ops.add_layernorm(x, residual, gamma, beta, 1e-5).double(), expected, rtol=1e-4, atol=1e-4
+        )
+    with pytest.raises(RuntimeError, match=r"expected ids in \[0, 50\) of table 0. Got 50"):
+        ops.embed([torch.tensor([50])], tables[:1], ones[:1], gamma, beta)
+    torch.library.opcheck(torch.ops.bertkern.embed.default, (ids, tables, ones, gamma, beta, 1e-5))
+    torch.library.opcheck(torch.ops.bertkern.add_layernorm.default, (x, residual, gamma, beta, 1e-5))
+
+
+def test_bad_input_and_opcheck():
+    packed, _, norms = stack(1, 32, 40, "fp32")
+    x = inputs(2, 9, 32)
+    mask = torch.ones(2, 9)
+    for match, arguments in (
+        (r"expected x of shape \[B, L, H\]", (x[0], mask, None, packed, norms, [2])),
+        (r"expected mask of shape \[B, L\] = \[2, 9\]", (x, mask[:, :8], None, packed, norms, [2])),
+        (r"expected 6 packed linears a layer", (x, mask, None, packed[:5], norms, [2])),
+        (r"expected norms of shape", (x, mask, None, packed, norms[:, :3], [2])),
+        (r"multiple of its 3 heads", (x, mask, None, packed, norms, [3])),
+        (r"expected packed weights for k of layer 0", (x, mask, None, [packed[0], x, *packed[2:]], norms, [2])),
+        (r"expected ffn1 of layer 0 of shape", (x, mask, None, [*packed[:4], packed[5], packed[5]], norms, [2])),
+        (r"expected position_bias", (x, mask, torch.zeros(1, 2, 9, 8), packed, norms, [2])),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            encoder(*arguments, 1, 1e-12)
+    assert encoder(x[:0], mask[:0], None, packed, norms, [2], 1, 1e-12).shape == (0, 9, 32)
+    torch.library.opcheck(torch.ops.bertkern.encoder.default, (x, mask, None, packed, norms, [2], 1, 1e-12))

@@ -1,0 +1,41 @@
+"""The operator tests again under each instruction set that this machine has, and equal integers on all of them."""
+
+import pytest
+
+from bertkern import ops
+
+LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
+HERE = LEVELS[: LEVELS.index(ops.cpu_isa())]  # the active one is what the other tests run
+
+HASH = """
+import hashlib, torch
+from bertkern import ops
+generator = torch.Generator().manual_seed(0)
+digest = hashlib.sha256()
+for m, k, n in ((1, 5, 3), (17, 768, 65), (29, 833, 96), (14, 3072, 32)):
+    codes = torch.randint(0, 256, (m, k), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    codes[0], weight[0] = 255, 127  # the largest sums
+    packed = ops.pack_qlinear(weight, torch.ones(1))
+    digest.update(ops.qgemm(codes, torch.ones(1), 77, packed, n).numpy().tobytes())
+    digest.update(ops.qgemm((codes.int() - 128).to(torch.int8), torch.ones(1), 0, packed, n).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_operators(isa, run_python):
+    result = run_python(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_linear.py", "tests/ops/test_encoder.py"],
+        BERTKERN_CPU_ISA=isa,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_integers_are_equal_on_all(run_python):
+    digests = {}
+    for isa in LEVELS[: len(HERE) + 1]:
+        result = run_python(HASH, BERTKERN_CPU_ISA=isa)
+        assert result.returncode == 0, result.stderr[-2000:]
+        digests[isa] = result.stdout.strip()
+    assert len(set(digests.values())) == 1, digests
