@@ -276,7 +276,9 @@ def build_command() -> type[build_ext]:
 
 
 packages = find_packages(include=["bertkern", "bertkern.*"])
-package_dir = {}
+# Folders of their own in the checkout; inside the package where it is installed, so that they collide with nobody's.
+packages += ["bertkern.benchmarks", "bertkern.benchmarks.engines"]
+package_dir = {"bertkern.benchmarks": "benchmarks"}
 if (ROOT / "kernels" / "__init__.py").exists():
     packages.append("bertkern.kernels")
     package_dir["bertkern.kernels"] = "kernels"
