@@ -67,6 +67,12 @@ BK_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
 BK_INLINE vi as_int(vf a) { return _mm512_castps_si512(a); }
 BK_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
 BK_INLINE vi vandi(vi a, vi b) { return _mm512_and_si512(a, b); }
+BK_INLINE vi vaddi(vi a, vi b) { return _mm512_add_epi32(a, b); }
+BK_INLINE vi vshift_left(vi a, int bits) { return _mm512_slli_epi32(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vshift_left16(vi a, int bits) { return _mm512_slli_epi16(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vshift_right16(vi a, int bits) { return _mm512_srai_epi16(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vshift_right16_zeros(vi a, int bits) { return _mm512_srli_epi16(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vmadd16(vi a, vi b) { return _mm512_madd_epi16(a, b); }  // sums of neighbouring 16-bit products
 BK_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 BK_INLINE vi round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
 BK_INLINE vf vround(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -168,6 +174,12 @@ BK_INLINE vf vabs(vf a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set
 BK_INLINE vi as_int(vf a) { return _mm256_castps_si256(a); }
 BK_INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a); }
 BK_INLINE vi vandi(vi a, vi b) { return _mm256_and_si256(a, b); }
+BK_INLINE vi vaddi(vi a, vi b) { return _mm256_add_epi32(a, b); }
+BK_INLINE vi vshift_left(vi a, int bits) { return _mm256_slli_epi32(a, bits); }
+BK_INLINE vi vshift_left16(vi a, int bits) { return _mm256_slli_epi16(a, bits); }
+BK_INLINE vi vshift_right16(vi a, int bits) { return _mm256_srai_epi16(a, bits); }
+BK_INLINE vi vshift_right16_zeros(vi a, int bits) { return _mm256_srli_epi16(a, bits); }
+BK_INLINE vi vmadd16(vi a, vi b) { return _mm256_madd_epi16(a, b); }
 BK_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 BK_INLINE vi round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
 BK_INLINE vf vround(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -300,6 +312,7 @@ BK_INLINE vi vmaxi(vi a, vi b) {
 }
 BK_INLINE vf vabs(vf a) { return as_float(as_int(a) & 0x7fffffff); }
 BK_INLINE vi vandi(vi a, vi b) { return a & b; }
+BK_INLINE vi vshift_left(vi a, int bits) { return a << bits; }
 BK_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 // Adding and taking away 1.5 * 2^23 rounds to nearest even for |a| < 2^22; larger values are integral already.
 BK_INLINE vf vround(vf a) {

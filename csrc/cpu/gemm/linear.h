@@ -91,6 +91,8 @@ struct Output {
   void* out = nullptr;  // row 0
   int64_t out_pitch = 0;
   Dtype dtype = Dtype::f32;
+  float code_step = 0;  // of s8 and u8
+  int32_t code_zero = 0;
 };
 
 // Groups [g0, g1) x panels [p0, p1). init: null for the layer's own.

@@ -6,6 +6,7 @@
 
 #include "cpu/check.h"
 #include "cpu/gemm/linear.h"
+#include "cpu/gemm/weights.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -34,7 +35,7 @@ Tensor pack(const char* op, cpu::WeightKind kind, const Tensor& weight, const Te
             shape_of(b), ".");
     bias_data = as_float_rows(b, 1, header.n, hold);
   }
-  Tensor out = empty({cpu::packed_bytes(kind, header.n, header.k)}, ScalarType::Byte);
+  Tensor out = empty_weights(cpu::packed_bytes(kind, header.n, header.k));
   cpu::pack_linear(header, weight.const_data_ptr(),
                    scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, scale ? scale->numel() : 0,
                    bias_data, out.mutable_data_ptr());
