@@ -6,7 +6,7 @@
 
 namespace bertkern::ops {
 
-// A uint8 tensor of `bytes`, aligned to 64. Its chunk is freed with the last tensor in it.
+// A uint8 tensor of `bytes`, aligned to 64. A chunk is freed with the last tensor in it. On torch 2.10 pages are small.
 Tensor empty_weights(int64_t bytes);
 
 }  // namespace bertkern::ops
