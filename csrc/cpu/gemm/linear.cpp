@@ -102,6 +102,7 @@ void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias
 
 namespace {
 
+constexpr int64_t kLeastRows = 6;  // of a group that is one of several for a reason: fewer leave the dot products idle
 constexpr int64_t kSplitRows = 6;  // measured: fewer rows wait for memory in any case
 
 // Wide tiles take a group each; narrow ones share a group.
@@ -111,9 +112,11 @@ int64_t group_rows(WeightKind kind) {
 }
 
 // Two groups at least: while one passes over a panel, the other fetches the next (see gemm).
-int64_t group_count(WeightKind kind, int64_t rows) {
-  const int64_t groups = (rows + group_rows(kind) - 1) / group_rows(kind);
-  return groups == 1 && rows >= kSplitRows ? 2 : groups;
+int64_t group_count(WeightKind kind, int64_t rows, int64_t multiple) {
+  int64_t groups = (rows + group_rows(kind) - 1) / group_rows(kind);
+  if (groups == 1 && rows >= kSplitRows) groups = 2;
+  const int64_t rounded = (groups + multiple - 1) / multiple * multiple;
+  return rounded * kLeastRows <= rows ? rounded : groups;
 }
 
 thread_local Scratch staging;
@@ -124,13 +127,13 @@ bool same_operand(const Linear& a, const Linear& b) {
   return a.kind == b.kind && a.k == b.k && a.input_scale == b.input_scale && a.input_zero == b.input_zero;
 }
 
-int64_t rows_dwords(const Linear& linear, int64_t rows) {
-  const int64_t groups = group_count(linear.kind, rows);
+int64_t rows_dwords(const Linear& linear, int64_t rows, int64_t multiple) {
+  const int64_t groups = group_count(linear.kind, rows, multiple);
   return groups * linear.kd * kGroupPitch + 64;
 }
 
-Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale) {
-  const int64_t groups = group_count(linear.kind, rows);
+Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale, int64_t multiple) {
+  const int64_t groups = group_count(linear.kind, rows, multiple);
   return {rows, groups, linear.kd, data, scale};
 }
 
@@ -204,12 +207,13 @@ void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_
     sums.out = buffer, sums.pitch = kPanel;
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
-    const int64_t share = p + 1 < linear.panels && g1 - g0 > 1 ? linear.kd * kPanel * 4 / (g1 - g0) : 0;
+    const uint32_t* next = p + 1 < p1 ? panel + linear.kd * kPanel : output.after;
+    const int64_t share = next && g1 - g0 > 1 ? linear.kd * kPanel * 4 / (g1 - g0) : 0;
     sums.ahead = reinterpret_cast<const char*>(panel);
     for (int64_t g = g0; g < g1; ++g) {
       const int64_t begin = rows.begin(g), end = rows.begin(g + 1);
       if (share) {
-        sums.ahead = reinterpret_cast<const char*>(panel + linear.kd * kPanel) + (g - g0) * share;
+        sums.ahead = reinterpret_cast<const char*>(next) + (g - g0) * share;
         sums.ahead_step = (share + linear.kd - 1) / linear.kd;
       }
       for (int64_t r = begin; r < end;) {
