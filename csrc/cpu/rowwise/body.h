@@ -151,7 +151,7 @@ float quantize_row(const float* x, int64_t n, float step, int32_t zero_point, ui
   const vf zero = vset(static_cast<float>(zero_point));
   for (i = 0; i < n; i += kWidth) {
     const int64_t m = lanes_left(n, i);
-    const vf q = vmin(vmax(vround(vmul(vload_n(x + i, m), inverse)), low), high);
+    const vf q = vmin(vmax(vround(vmul(load_lanes(x, Dtype::f32, i, m), inverse)), low), high);
     vstore_u8_n(out + i, round_to_int(vadd(q, zero)), m);
   }
   return scale;
@@ -187,8 +187,9 @@ void layer_norm_row(const float* x, int64_t n, const float* gamma, const float* 
   const vf scale = vset(1.0f / root[0]);
   for (i = 0; i < n; i += kWidth) {
     const int64_t m = lanes_left(n, i);
-    const vf y = vmul(vsub(vload_n(x + i, m), vset(mean)), scale);
-    vstore_n(out + i, vfma(y, vload_n(gamma + i, m), vload_n(beta + i, m)), m);
+    const vf y = vmul(vsub(load_lanes(x, Dtype::f32, i, m), vset(mean)), scale);
+    const vf norm = vfma(y, load_lanes(gamma, Dtype::f32, i, m), load_lanes(beta, Dtype::f32, i, m));
+    store_lanes(out, Dtype::f32, i, norm, m);
   }
 }
 
