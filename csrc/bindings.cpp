@@ -22,9 +22,10 @@ STABLE_TORCH_LIBRARY(bertkern, m) {
   m.def(
       "qgemm_requantize(Tensor codes, Tensor scale, int zero_point, Tensor packed, SymInt out_features, "
       "int activation=0, float out_scale=0., int out_zero_point=0) -> (Tensor, Tensor)");
-  // For benchmarks: the seconds of each of `calls` products into one output, without dispatch and allocation.
+  // For benchmarks: the seconds of each of `calls` products into one output, without dispatch and allocation, with one
+  // of the weights after the other.
   m.def(
-      "qgemm_seconds(Tensor codes, Tensor scale, Tensor packed, SymInt out_features, int activation, bool requantize, "
+      "qgemm_seconds(Tensor codes, Tensor scale, Tensor[] packed, SymInt out_features, int activation, bool requantize, "
       "ScalarType out_dtype, int calls) -> Tensor");
   m.def("add_layernorm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(

@@ -6,6 +6,8 @@ All functions raise RuntimeError with the operator's name, what was expected and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -120,7 +122,7 @@ def qgemm_requantize(
 def qgemm_seconds(
     codes: Tensor,
     scale: Tensor,
-    packed: Tensor,
+    packed: Sequence[Tensor],
     out_features: int,
     activation: str | int = "none",
     requantize: bool = False,
@@ -129,10 +131,10 @@ def qgemm_seconds(
 ) -> list[float]:
     """For benchmarks: the seconds of `calls` products (`qgemm`, or `qgemm_requantize`) into one output.
 
-    Packing the operand and writing the result count; the call through Python, dispatch and allocation do not.
+    The calls take one of the `packed` weights after the other. Packing the operand and writing the result count; the call through Python, dispatch and allocation do not.
     """
     return _op.qgemm_seconds(
-        codes, scale, packed, out_features, _activation(activation), requantize, out_dtype, calls
+        codes, scale, list(packed), out_features, _activation(activation), requantize, out_dtype, calls
     ).tolist()
 
 

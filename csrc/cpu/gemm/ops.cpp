@@ -338,17 +338,21 @@ std::tuple<Tensor, Tensor> qgemm_requantize(const Tensor& codes, const Tensor& s
   return {out, out_scales};
 }
 
-Tensor qgemm_seconds(const Tensor& codes, const Tensor& scale, const Tensor& packed, int64_t out_features,
+Tensor qgemm_seconds(const Tensor& codes, const Tensor& scale, std::vector<Tensor> packed, int64_t out_features,
                      int64_t activation, bool requantize, ScalarType out_dtype, int64_t calls) {
   const char* op = "qgemm_seconds";
-  Tensor weights;
-  const Linear w = checked_linear(op, packed, out_features, weights);
-  const Codes a = checked_codes(op, w, codes, scale, 0);
-  require(calls > 0, op, ": expected calls > 0. Got ", calls, ".");
-  Tensor out = empty({a.m, w.n}, requantize ? ScalarType::Char : output_dtype(op, out_dtype, ScalarType::Float));
+  require(calls > 0 && !packed.empty(), op, ": expected calls > 0 and packed weights. Got ", calls, " and ",
+          packed.size(), ".");
+  std::vector<Linear> linears;
+  for (Tensor& p : packed) linears.push_back(checked_linear(op, p, out_features, p));
+  const Codes a = checked_codes(op, linears[0], codes, scale, 0);
+  for (const Linear& w : linears)
+    require(cpu::same_operand(w, linears[0]), op, ": expected packed weights of one kind, K and zero point.");
+  Tensor out = empty({a.m, out_features}, requantize ? ScalarType::Char : output_dtype(op, out_dtype, ScalarType::Float));
   Tensor steps = empty({a.m}, ScalarType::Float), seconds = empty({calls}, ScalarType::Double);
-  const cpu::Output output = output_of(w, activation, out.scalar_type(), out, op);
+  const cpu::Output output = output_of(linears[0], activation, out.scalar_type(), out, op);
   for (int64_t i = 0; i < calls; ++i) {
+    const Linear& w = linears[static_cast<size_t>(i) % linears.size()];
     const auto start = std::chrono::steady_clock::now();
     if (requantize)
       multiply_requantize(w, a, output.activation, static_cast<uint8_t*>(output.out),
