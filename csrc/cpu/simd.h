@@ -71,7 +71,6 @@ BK_INLINE vi vaddi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 BK_INLINE vi vshift_left(vi a, int bits) { return _mm512_slli_epi32(a, static_cast<unsigned>(bits)); }
 BK_INLINE vi vshift_left16(vi a, int bits) { return _mm512_slli_epi16(a, static_cast<unsigned>(bits)); }
 BK_INLINE vi vshift_right16(vi a, int bits) { return _mm512_srai_epi16(a, static_cast<unsigned>(bits)); }
-BK_INLINE vi vshift_right16_zeros(vi a, int bits) { return _mm512_srli_epi16(a, static_cast<unsigned>(bits)); }
 BK_INLINE vi vmadd16(vi a, vi b) { return _mm512_madd_epi16(a, b); }  // sums of neighbouring 16-bit products
 BK_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 BK_INLINE vi round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
@@ -187,7 +186,6 @@ BK_INLINE vi vaddi(vi a, vi b) { return _mm256_add_epi32(a, b); }
 BK_INLINE vi vshift_left(vi a, int bits) { return _mm256_slli_epi32(a, bits); }
 BK_INLINE vi vshift_left16(vi a, int bits) { return _mm256_slli_epi16(a, bits); }
 BK_INLINE vi vshift_right16(vi a, int bits) { return _mm256_srai_epi16(a, bits); }
-BK_INLINE vi vshift_right16_zeros(vi a, int bits) { return _mm256_srli_epi16(a, bits); }
 BK_INLINE vi vmadd16(vi a, vi b) { return _mm256_madd_epi16(a, b); }
 BK_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 BK_INLINE vi round_to_int(vf a) { return _mm256_cvtps_epi32(a); }

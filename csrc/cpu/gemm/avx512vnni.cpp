@@ -10,9 +10,10 @@ struct Dot_vnni {
   using Vec = Acc;
   using Act = Acc;
   static constexpr bool kInteger = true;
+  static constexpr int kPlanes = 1;
   BK_INLINE Acc init(const void* p) { return (Acc)_mm512_loadu_si512(p); }
   BK_INLINE Vec load(const uint32_t* b) { return (Vec)_mm512_loadu_si512(b); }
-  BK_INLINE Act broadcast(const uint32_t* a) { return (Act)_mm512_set1_epi32(static_cast<int>(*a)); }
+  BK_INLINE Act broadcast(const uint32_t* a, int64_t) { return (Act)_mm512_set1_epi32(static_cast<int>(*a)); }
   BK_INLINE void step(Acc& acc, Act x, Vec w) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w)); }
   BK_INLINE vf value(Acc acc) { return to_float((__m512i)acc); }
 };

@@ -9,7 +9,8 @@
 //
 //   W packed: panels of kPanel = 32 output features; a panel is [KD][32] dwords, KD = ceil(K / values per dword).
 //             K and N tails are zeros.
-//   X packed: tiles of up to max_mr rows; a tile of mr rows is [KD][mr] dwords.
+//   X packed: tiles of up to max_mr rows; a tile of mr rows is [KD][mr] dwords. Where 16-bit products do the work
+//             (planes = 2) it is [KD][2][mr]: bytes 0 and 2 of each dword as 16-bit numbers, then bytes 1 and 3.
 //   A tile kernel computes the sums of mr rows and 32 features and, for s8, makes floats of them: TileOutput.
 //
 // Activations are unsigned codes u with a zero point z, weights signed: sum (u - z) w = sum u w - z sum w. The second
@@ -50,6 +51,7 @@ using TileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64
 
 struct TileKernels {
   int max_mr;
+  int planes;
   TileFn tile[kMaxRows + 1];  // by mr; [0] is null
 };
 

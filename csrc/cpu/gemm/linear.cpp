@@ -129,12 +129,12 @@ bool same_operand(const Linear& a, const Linear& b) {
 
 int64_t rows_dwords(const Linear& linear, int64_t rows, int64_t multiple) {
   const int64_t groups = group_count(linear.kind, rows, multiple);
-  return groups * linear.kd * kGroupPitch + 64;
+  return groups * linear.kd * tile_kernels(linear.kind).planes * kGroupPitch + 64;
 }
 
 Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale, int64_t multiple) {
   const int64_t groups = group_count(linear.kind, rows, multiple);
-  return {rows, groups, linear.kd, data, scale};
+  return {rows, groups, linear.kd, tile_kernels(linear.kind).planes, data, scale};
 }
 
 namespace {
@@ -144,12 +144,21 @@ template <class Convert>
 void pack_rows(const Rows& rows, int64_t group, Convert&& convert) {
   const int64_t r0 = rows.begin(group), mr = rows.begin(group + 1) - r0, kd = rows.kd;
   uint32_t* out = rows.group_data(group);
-  if (rows.pitch() == 1) return convert(r0, out);
-  const int64_t pitch = (kd + 15) / 16 * 16;
-  uint32_t* stage = staging.get<uint32_t>(pitch * kGroupPitch);
-  for (int64_t r = 0; r < mr; ++r) convert(r0 + r, stage + r * pitch);
-  row_kernels().transpose(reinterpret_cast<float*>(stage), pitch, kGroupPitch, kd, reinterpret_cast<float*>(out),
-                          kGroupPitch);
+  const int64_t pitch = (kd * rows.planes + 15) / 16 * 16;
+  uint32_t* stage = staging.get<uint32_t>(pitch * (kGroupPitch + 1));
+  uint32_t* narrow = stage + pitch * kGroupPitch;
+  const auto row = [&](int64_t r, uint32_t* to) {
+    if (rows.planes == 1) return convert(r, to);
+    convert(r, narrow);
+    for (int64_t d = 0; d < kd; ++d) {
+      to[2 * d] = narrow[d] & 0x00ff00ffu;
+      to[2 * d + 1] = narrow[d] >> 8 & 0x00ff00ffu;
+    }
+  };
+  if (rows.pitch() == 1) return row(r0, out);
+  for (int64_t r = 0; r < mr; ++r) row(r0 + r, stage + r * pitch);
+  row_kernels().transpose(reinterpret_cast<float*>(stage), pitch, kGroupPitch, kd * rows.planes,
+                          reinterpret_cast<float*>(out), kGroupPitch);
 }
 
 }  // namespace

@@ -57,19 +57,19 @@ void pack_linear(const LinearHeader& header, const void* weight, const float* sc
 // The canonical tensors again: weight [n, k] of the kind's dtype, scale [n] (s8), bias [n].
 void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias);
 
-// The left operand: rows in groups of at most `group_rows` rows; a group lies as [KD][kGroupPitch] dwords and is cut
-// into tiles. A group of one row lies as [KD].
+// The left operand: rows in groups of at most `group_rows` rows; a group lies as [KD][planes][kGroupPitch] dwords and
+// is cut into tiles. A group of one row lies as [KD][planes].
 constexpr int64_t kGroupPitch = 16;
 
 struct Rows {
-  int64_t rows, groups, kd;
+  int64_t rows, groups, kd, planes;
   uint32_t* data;
   float* scale;  // per row (s8)
   int64_t begin(int64_t group) const {
     return group * (rows / groups) + (group < rows % groups ? group : rows % groups);
   }
   int64_t pitch() const { return rows == groups ? 1 : kGroupPitch; }
-  uint32_t* group_data(int64_t group) const { return data + group * kd * pitch(); }
+  uint32_t* group_data(int64_t group) const { return data + group * kd * planes * pitch(); }
 };
 
 // Same operand for two layers?

@@ -11,12 +11,13 @@ struct Dot_bytes {
   };
   using Act = Vec;
   static constexpr bool kInteger = true;
+  static constexpr int kPlanes = 1;
   BK_INLINE Acc init(const void* p) { return vloadi(static_cast<const int32_t*>(p)); }
   BK_INLINE Vec load(const uint32_t* b) {
     const vi w = vloadi(reinterpret_cast<const int32_t*>(b));
     return {{(w << 24) >> 24, (w << 16) >> 24, (w << 8) >> 24, w >> 24}};
   }
-  BK_INLINE Act broadcast(const uint32_t* a) {
+  BK_INLINE Act broadcast(const uint32_t* a, int64_t) {
     const uint32_t x = *a;
     return {{vseti(x & 255u), vseti((x >> 8) & 255u), vseti((x >> 16) & 255u), vseti(x >> 24)}};
   }

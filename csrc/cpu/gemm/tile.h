@@ -3,7 +3,7 @@
 //   Acc, Vec, Act                accumulator, weights and activation; kWidth outputs each
 //   Acc init(const void*)        kWidth accumulators
 //   Vec load(const uint32_t*)    kWidth weight dwords
-//   Act broadcast(const uint32_t*)  one activation dword
+//   Act broadcast(const uint32_t* a, int64_t plane)  one activation dword, of kPlanes planes
 //   void step(Acc&, Act, Vec)    one step of the dot product
 //   vf value(Acc)                as floats
 //
@@ -21,9 +21,10 @@ struct Dot_f32 {
   using Vec = vf;
   using Act = vf;
   static constexpr bool kInteger = false;
+  static constexpr int kPlanes = 1;
   BK_INLINE Acc init(const void* p) { return vload(static_cast<const float*>(p)); }
   BK_INLINE Vec load(const uint32_t* b) { return as_float(vloadi(reinterpret_cast<const int32_t*>(b))); }
-  BK_INLINE Act broadcast(const uint32_t* a) { return as_float(vseti(static_cast<int32_t>(*a))); }
+  BK_INLINE Act broadcast(const uint32_t* a, int64_t) { return as_float(vseti(static_cast<int32_t>(*a))); }
   BK_INLINE void step(Acc& acc, Act x, Vec w) { acc = vfma(x, w, acc); }
   BK_INLINE vf value(Acc acc) { return acc; }
 };
@@ -37,7 +38,7 @@ struct Dot_bf16 : Dot_f32 {  // the low half of a dword is the earlier k
     return {as_float(vshift_left(x, 16)), as_float(vandi(x, vseti(static_cast<int32_t>(0xffff0000u))))};
   }
   BK_INLINE Vec load(const uint32_t* b) { return split(vloadi(reinterpret_cast<const int32_t*>(b))); }
-  BK_INLINE Act broadcast(const uint32_t* a) { return split(vseti(static_cast<int32_t>(*a))); }
+  BK_INLINE Act broadcast(const uint32_t* a, int64_t) { return split(vseti(static_cast<int32_t>(*a))); }
   BK_INLINE void step(Acc& acc, const Act& x, const Vec& w) { acc = vfma(x.high, w.high, vfma(x.low, w.low, acc)); }
 };
 
@@ -50,14 +51,14 @@ struct Dot_madd {
   };
   using Act = Vec;
   static constexpr bool kInteger = true;
+  static constexpr int kPlanes = 2;
   BK_INLINE Acc init(const void* p) { return vloadi(static_cast<const int32_t*>(p)); }
   BK_INLINE Vec load(const uint32_t* b) {
     const vi w = vloadi(reinterpret_cast<const int32_t*>(b));
     return {vshift_right16(vshift_left16(w, 8), 8), vshift_right16(w, 8)};
   }
-  BK_INLINE Act broadcast(const uint32_t* a) {
-    const vi x = vseti(static_cast<int32_t>(*a));
-    return {vandi(x, vseti(0x00ff00ff)), vshift_right16_zeros(x, 8)};
+  BK_INLINE Act broadcast(const uint32_t* a, int64_t plane) {
+    return {vseti(static_cast<int32_t>(*a)), vseti(static_cast<int32_t>(a[plane]))};
   }
   BK_INLINE void step(Acc& acc, const Act& x, const Vec& w) {
     acc = vaddi(acc, vaddi(vmadd16(x.even, w.even), vmadd16(x.odd, w.odd)));
@@ -103,7 +104,7 @@ void tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const T
     const uint32_t* ak = a;
     const uint32_t* bk = b + j;
     const char* ahead = o.ahead;
-    for (int64_t k = 0; k < kd; ++k, ak += lda, bk += kPanel, ahead += o.ahead_step) {
+    for (int64_t k = 0; k < kd; ++k, ak += lda * Dot::kPlanes, bk += kPanel, ahead += o.ahead_step) {
       __builtin_prefetch(ahead, 0, 2);
       typename Dot::Vec w[V];
 #pragma GCC unroll 4
@@ -112,7 +113,7 @@ void tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const T
       }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const typename Dot::Act x = Dot::broadcast(ak + r);
+        const typename Dot::Act x = Dot::broadcast(ak + r, lda);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) Dot::step(acc[r][v], x, w[v]);
       }
@@ -138,7 +139,7 @@ struct FillTiles<Dot, 0> {
 
 template <class Dot, int kMaxMr>
 constexpr TileKernels make_tiles() {
-  TileKernels kernels{kMaxMr, {}};
+  TileKernels kernels{kMaxMr, Dot::kPlanes, {}};
   FillTiles<Dot, kMaxMr>::run(kernels);
   return kernels;
 }
