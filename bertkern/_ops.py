@@ -63,7 +63,19 @@ def _(ids, tables, scales, weight, bias, eps, out_dtype=None) -> Tensor:
 
 
 @torch.library.register_fake("bertkern::encoder")
-def _(x, mask, position_bias, linears, norms, heads, activation, eps, keep_padding=False, all_hidden_states=False):
+def _(
+    x,
+    mask,
+    position_bias,
+    linears,
+    norms,
+    heads,
+    activation,
+    eps,
+    keep_padding=False,
+    all_hidden_states=False,
+    empty_attends=False,
+):
     return x.new_empty((len(heads), *x.shape) if all_hidden_states else x.shape)
 
 
