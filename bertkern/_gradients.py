@@ -39,14 +39,21 @@ class Owner(Protocol):
         """Forgets them."""
 
 
+# By address, because compiled code hands over other Python objects over the same memory.
 _owners: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
+_addresses: weakref.WeakKeyDictionary[Owner, int] = weakref.WeakKeyDictionary()
 
 
 def own(made: Tensor, owner: Owner) -> None:
     """Has `owner.stale()` called after a backward pass for the parameters that `made` was made from.
 
-    Whoever asks for their gradients is about to change them, and fused optimizers do not count what they change.
+    Whoever asks for their gradients is about to change them, and fused optimizers do not count what they change. An
+    owner holds one such tensor at a time.
     """
+    before = _addresses.get(owner)
+    if before is not None and _owners.get(before) is owner:
+        _owners.pop(before, None)
+    _addresses[owner] = made.data_ptr()
     _owners[made.data_ptr()] = owner
 
 
@@ -198,125 +205,90 @@ def _encoder(
 # --- how a gradient is registered --------------------------------------------------------------------------------
 
 
-def _counts(arguments: Sequence[Any]) -> list[int | None]:
-    """The lengths of those arguments that are lists of tensors; autograd wants a gradient for each of their tensors."""
-    return [
-        len(part) if isinstance(part, (list, tuple)) and all(isinstance(item, Tensor) for item in part) else None
-        for part in arguments
-    ]
+class _Backward:
+    """The backward pass of one operator: from what its forward pass saved to a gradient for each argument.
 
-
-def _flat(arguments: Sequence[Any]) -> list[Any]:
-    pairs = zip(arguments, _counts(arguments), strict=True)
-    return [item for part, count in pairs for item in ((part,) if count is None else part)]
-
-
-def _nested(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
-    """The inverse of `_flat`."""
-    items = iter(flat)
-    return [next(items) if count is None else [next(items) for _ in range(count)] for count in counts]
-
-
-def _differentiable(name: str, plain: Callable[..., Tensor], owner: str | None = None) -> None:
-    """Gives the operator `name` the gradient of `plain`, a function of the same arguments.
+    Autograd takes every tensor of a list for an argument of its own, so arguments are flattened and nested again.
 
     Args:
+        name: of the operator, whose schema is known.
+        plain: a function of the same arguments that autograd can follow.
         owner: the argument whose owner is told that gradients were taken for more than the first argument.
     """
-    schema = getattr(torch.ops.bertkern, name).default._schema
-    inputs = str(schema)[str(schema).index("(") + 1 : str(schema).rindex(") ->")]
-    key = [argument.name for argument in schema.arguments].index(owner) if owner else None
-    _LIBRARY.define(f"{name}_backward(Tensor grad, int[] wanted, {inputs}) -> Tensor[]")
 
-    def compute(grad: Tensor, wanted: Sequence[int], *arguments: Any) -> list[Tensor]:
+    def __init__(self, name: str, plain: Callable[..., Tensor], owner: str | None = None) -> None:
+        schema = getattr(torch.ops.bertkern, name).default._schema
+        inputs = str(schema)[str(schema).index("(") + 1 : str(schema).rindex(") ->")]
+        self.name, self.plain = name, plain
+        self.lists = [str(argument.type) == "List[Tensor]" for argument in schema.arguments]
+        self.owner = [argument.name for argument in schema.arguments].index(owner) if owner else None
+        _LIBRARY.define(f"{name}_backward(Tensor grad, int[] wanted, {inputs}) -> Tensor[]")
+        _LIBRARY.impl(f"{name}_backward", self.compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"bertkern::{name}_backward", self.shapes)
+        self.run = getattr(torch.ops.bertkern, f"{name}_backward").default
+
+    def flat(self, arguments: Sequence[Any]) -> list[Any]:
+        # Arguments that have their default are not passed at all, where they stand last.
+        pairs = zip(arguments, self.lists, strict=False)
+        return [item for part, is_list in pairs for item in (part if is_list else (part,))]
+
+    def nested(self, flat: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+        """The inverse of `flat`; `like` has the arguments' lists."""
+        items, pairs = iter(flat), zip(like, self.lists, strict=False)
+        return [[next(items) for _ in part] if is_list else next(items) for part, is_list in pairs]
+
+    def compute(self, grad: Tensor, wanted: Sequence[int], *arguments: Any) -> list[Tensor]:
+        """Gradients for those of the flat arguments that are `wanted`."""
         if torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: expected one backward pass. Got a second derivative: see bertkern.restore.")
-        flat = [item.detach() if isinstance(item, Tensor) else item for item in _flat(arguments)]
+            raise RuntimeError(
+                f"{self.name}: expected one backward pass. Got a second derivative: see bertkern.restore."
+            )
+        flat = [item.detach() if isinstance(item, Tensor) else item for item in self.flat(arguments)]
         leaves = [flat[i].requires_grad_() for i in wanted]
         with torch.enable_grad():
-            y = plain(*_nested(flat, _counts(arguments)))
+            y = self.plain(*self.nested(flat, arguments))
         found = torch.autograd.grad(y, leaves, grad.to(y.dtype), allow_unused=True)
-        if key is not None and list(wanted) != [0]:
-            holder = _owners.get(arguments[key].data_ptr())
-            if holder is not None:
-                holder.stale()
+        if self.owner is not None and list(wanted) != [0]:
+            owner = _owners.get(arguments[self.owner].data_ptr())
+            if owner is not None:
+                owner.stale()
         # Two arguments may have one gradient, but results may not share memory.
         made = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
         return [g.clone(memory_format=torch.contiguous_format) for g in made]
 
-    def shapes(grad: Tensor, wanted: Sequence[int], *arguments: Any) -> list[Tensor]:
-        flat = _flat(arguments)
+    def shapes(self, grad: Tensor, wanted: Sequence[int], *arguments: Any) -> list[Tensor]:
+        flat = self.flat(arguments)
         return [flat[i].new_empty(flat[i].shape) for i in wanted]
 
-    _LIBRARY.impl(f"{name}_backward", compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bertkern::{name}_backward", shapes)
-    run = getattr(torch.ops.bertkern, f"{name}_backward").default
-
-    def setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        flat, ctx.counts = _flat(inputs), _counts(inputs)
+    def save(self, ctx: Any, arguments: Sequence[Any]) -> None:
+        """Keeps a call's arguments for `gradients`."""
+        flat = self.flat(arguments)
         ctx.save_for_backward(*[item if isinstance(item, Tensor) else None for item in flat])
         ctx.others = [None if isinstance(item, Tensor) else item for item in flat]
+        ctx.like = [
+            (None,) * len(part) if is_list else None for part, is_list in zip(arguments, self.lists, strict=False)
+        ]
 
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def gradients(self, ctx: Any, grad: Tensor) -> list[Tensor | None]:
+        """A gradient, or None, for each of the flat arguments."""
         flat = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         wanted = [i for i, item in enumerate(flat) if isinstance(item, Tensor) and item.requires_grad]
-        found = dict(zip(wanted, run(grad, wanted, *_nested(flat, ctx.counts)), strict=True))
-        # Arguments at their defaults were not passed at all, where they stand last.
-        return tuple(_nested([found.get(i) for i in range(len(flat))], ctx.counts)[: len(ctx.needs_input_grad)])
+        found = dict(zip(wanted, self.run(grad, wanted, *self.nested(flat, ctx.like)), strict=True))
+        return [found.get(i) for i in range(len(flat))]
+
+
+def _differentiable(name: str, plain: Callable[..., Tensor]) -> None:
+    """Gives the operator `name` the gradient of `plain`."""
+    formula = _Backward(name, plain)
+
+    def setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        formula.save(ctx, inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        passed = len(ctx.needs_input_grad)
+        return tuple(formula.nested(formula.gradients(ctx, grad), ctx.like)[:passed])
 
     torch.library.register_autograd(f"bertkern::{name}", backward, setup_context=setup)
-
-
-# --- operators that are told what their packed weights were made from --------------------------------------------
-
-
-def _define(name: str, inputs: str, fused: Callable[..., Tensor], shape: Callable[..., Tensor]) -> None:
-    _LIBRARY.define(f"{name}({inputs}) -> Tensor")
-    _LIBRARY.impl(name, fused, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bertkern::{name}", shape)
-
-
-def _fused_encoder(
-    x: Tensor,
-    mask: Tensor | None,
-    position_bias: Tensor | None,
-    linears: Sequence[Tensor],
-    norms: Tensor,
-    made_from: Sequence[Tensor],
-    *rest: Any,
-) -> Tensor:
-    return torch.ops.bertkern.encoder.default(x, mask, position_bias, linears, norms, *rest)
-
-
-_define(
-    "linear_from",
-    "Tensor x, Tensor packed, Tensor weight, Tensor? bias",
-    lambda x, packed, weight, bias: torch.ops.bertkern.linear.default(x, packed, weight.shape[0]),
-    lambda x, packed, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
-)
-_define(
-    "embed_from",
-    "Tensor[] ids, Tensor[] tables, Tensor[] scales, Tensor weight, Tensor bias, float eps, ScalarType? out_dtype, "
-    "int[] padding",
-    lambda *arguments: torch.ops.bertkern.embed.default(*arguments[:-1]),
-    lambda *arguments: torch.ops.bertkern.embed.default(*arguments[:-1]),
-)
-_define(
-    "encoder_from",
-    "Tensor x, Tensor? mask, Tensor? position_bias, Tensor[] linears, Tensor norms, Tensor[] made_from, int[] heads, "
-    "int activation, float eps, bool keep_padding, bool all_hidden_states, bool empty_attends",
-    _fused_encoder,
-    _fused_encoder,
-)
-
-_differentiable("linear", _linear)
-_differentiable("qgemm", _qgemm)
-_differentiable("add_layernorm", _add_layernorm)
-_differentiable("embed", _embed)
-_differentiable("encoder", _encoder)
-_differentiable("linear_from", _linear_from, owner="packed")
-_differentiable("embed_from", _embed_from)
-_differentiable("encoder_from", _encoder_from, owner="norms")
 
 
 def _rounds(name: str) -> None:
@@ -328,5 +300,64 @@ def _rounds(name: str) -> None:
     torch.library.register_autograd(f"bertkern::{name}", lambda ctx, *grads: None, setup_context=setup)
 
 
+_differentiable("linear", _linear)
+_differentiable("qgemm", _qgemm)
+_differentiable("add_layernorm", _add_layernorm)
+_differentiable("embed", _embed)
+_differentiable("encoder", _encoder)
 _rounds("quantize_rows")
 _rounds("qgemm_requantize")
+
+
+# --- operators that are told what their packed weights were made from --------------------------------------------
+
+
+def _define_from(
+    name: str, inputs: str, fused: Callable[..., Tensor], plain: Callable[..., Tensor], owner: str | None = None
+) -> None:
+    """Defines the operator `name`: `fused` with the gradient of `plain`.
+
+    Composite, that is, tracing sees the operators inside, because torch's own registration of gradients is slow where
+    an argument is a list of many tensors.
+    """
+    _LIBRARY.define(f"{name}({inputs}) -> Tensor")
+    formula = _Backward(name, plain, owner)
+
+    class Recomputed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, arguments: Sequence[Any], *flat: Any) -> Tensor:
+            formula.save(ctx, arguments)
+            return fused(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple:
+            return None, *formula.gradients(ctx, grad)
+
+    def kernel(*arguments: Any) -> Tensor:
+        return Recomputed.apply(arguments, *formula.flat(arguments))
+
+    _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
+
+
+_define_from(
+    "linear_from",
+    "Tensor x, Tensor packed, Tensor weight, Tensor? bias",
+    lambda x, packed, weight, bias: torch.ops.bertkern.linear.default(x, packed, weight.shape[0]),
+    _linear_from,
+    owner="packed",
+)
+_define_from(
+    "embed_from",
+    "Tensor[] ids, Tensor[] tables, Tensor[] scales, Tensor weight, Tensor bias, float eps, ScalarType? out_dtype, "
+    "int[] padding",
+    lambda *arguments: torch.ops.bertkern.embed.default(*arguments[:-1]),
+    _embed_from,
+)
+_define_from(
+    "encoder_from",
+    "Tensor x, Tensor? mask, Tensor? position_bias, Tensor[] linears, Tensor norms, Tensor[] made_from, int[] heads, "
+    "int activation, float eps, bool keep_padding, bool all_hidden_states, bool empty_attends",
+    lambda *arguments: torch.ops.bertkern.encoder.default(*arguments[:5], *arguments[6:]),
+    _encoder_from,
+    owner="norms",
+)

@@ -136,7 +136,7 @@ class Stack:
     ) -> Tensor:
         """The encoder operator: x [B, L, H], mask [B, L] -> [B, L, H], or [layers, B, L, H] after every layer."""
         options = (self.heads, self.activation, self.eps, keep_padding, all_hidden_states, empty_attends)
-        if needs_grad(*self._made_from):
+        if needs_grad(x, position_bias, *self._made_from):
             return _encoder_from(x, mask, position_bias, self.linears, self.norms, self._made_from, *options)
         return _encoder(x, mask, position_bias, self.linears, self.norms, *options)
 
