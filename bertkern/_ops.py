@@ -1,4 +1,4 @@
-"""Every operator of `torch.ops.bertkern`: shapes for tracing (fakes) and gradients. Schemas: csrc/bindings.cpp.
+"""Every operator of `torch.ops.bertkern`: its shapes for tracing (fakes). Schemas: csrc/bindings.cpp.
 
 Importing this module loads the compiled library.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _lib  # noqa: F401  (registers the operators)
+from . import _gradients, _lib  # noqa: F401  (register gradients and the operators)
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "silu": 5}
 
@@ -68,17 +68,17 @@ def _(ids, tables, scales, weight, bias, eps, out_dtype=None) -> Tensor:
 
 
 @torch.library.register_fake("bertkern::encoder")
-def _(x, mask, position_bias, linears, norms, heads, activation, eps, keep_padding=False, all_hidden_states=False):
+def _(
+    x,
+    mask,
+    position_bias,
+    linears,
+    norms,
+    heads,
+    activation,
+    eps,
+    keep_padding=False,
+    all_hidden_states=False,
+    empty_attends=False,
+):
     return x.new_empty((len(heads), *x.shape) if all_hidden_states else x.shape)
-
-
-def _inference_only(name: str, advice: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(f"bertkern::{name} has no gradient of its own. {advice}")
-
-    torch.library.register_autograd(f"bertkern::{name}", backward)
-
-
-_UNFUSED = "Call model.train(), or bertkern.restore(model), to differentiate through the layers."
-for _name in ("linear", "qgemm", "add_layernorm", "embed", "encoder"):
-    _inference_only(_name, _UNFUSED)

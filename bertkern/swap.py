@@ -187,8 +187,11 @@ def unfuse(model: nn.Module) -> None:
             module.__class__ = module.unfused()
     record = getattr(model, RECORD, None)
     for name, root in plan.pretrained_roots(model).items():
-        if record is not None and name in record.attention and root.config._attn_implementation == "bertkern":
-            root.config._attn_implementation_internal = record.attention[name]
+        if record is not None and name in record.attention:
+            from .families._attention import NAMES
+
+            if root.config._attn_implementation in NAMES.values():
+                root.config._attn_implementation_internal = record.attention[name]
     if record is not None:
         delattr(model, RECORD)
 
@@ -227,7 +230,10 @@ def _family_modules(root: nn.Module) -> list[tuple[str, nn.Module, type[nn.Modul
 
 def _fuse(model: nn.Module, record: Record, keep_padding: bool) -> None:
     for prefix, root in plan.pretrained_roots(model).items():
+        from .families._attention import NAMES
+
         fused_encoder = False
+        attention = record.attention.get(prefix, root.config._attn_implementation)
         # Layers before the encoder that holds them: it asks them for their parts.
         found = sorted(_family_modules(root), key=lambda item: -item[0].count("."))
         for name, module, fused_class in found:
@@ -243,11 +249,13 @@ def _fuse(model: nn.Module, record: Record, keep_padding: bool) -> None:
             record.left.pop(path, None)
             if keep_padding:
                 module.keep_padding = True
+            if attention == "eager":
+                module.empty_attends = True
             fused_encoder = fused_encoder or hasattr(module, "layers")
         wants_attentions = getattr(root.config, "output_attentions", False)
-        if fused_encoder and not wants_attentions and root.config._attn_implementation in ("sdpa", "eager"):
+        if fused_encoder and not wants_attentions and root.config._attn_implementation in NAMES:
             record.attention[prefix] = root.config._attn_implementation
-            root.config._attn_implementation_internal = "bertkern"
+            root.config._attn_implementation_internal = NAMES[root.config._attn_implementation]
 
 
 def _fused_class() -> type | None:

@@ -33,7 +33,8 @@ STABLE_TORCH_LIBRARY(bertkern, m) {
       "ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "encoder(Tensor x, Tensor? mask, Tensor? position_bias, Tensor[] linears, Tensor norms, int[] heads, "
-      "int activation, float eps, bool keep_padding=False, bool all_hidden_states=False) -> Tensor");
+      "int activation, float eps, bool keep_padding=False, bool all_hidden_states=False, bool empty_attends=False) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertkern, CompositeExplicitAutograd, m) {

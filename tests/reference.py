@@ -154,11 +154,18 @@ def int8_linear(
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    empty_attends: bool = False,
 ) -> Tensor:
     """softmax(Q K^T / sqrt(d) + bias) V over the real keys, per head; [B, L, H] in float64.
 
-    mask [B, L], nonzero = real token. A sequence without any real token attends evenly, as transformers' eager does.
+    mask [B, L], nonzero = real token. A sequence without any real token attends to nothing, as transformers' sdpa does,
+    or, if empty_attends, evenly to all of its positions, as transformers' eager.
     """
     batch, length, width = query.shape
     split = (t.double().reshape(batch, length, heads, width // heads).transpose(1, 2) for t in (query, key, value))
@@ -168,8 +175,11 @@ def attention(
         scores = scores + bias.double()
     if mask is not None:
         real = mask != 0
-        scores = scores.masked_fill(~real[:, None, None, :], -math.inf)
-        scores = torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores))
+        empty = ~real.any(1)[:, None, None, None]
+        # Beside the lowest float all scores are equal; as in transformers, their gradient stays that of the softmax.
+        lowest = scores + torch.finfo(torch.float32).min
+        scores = torch.where(empty, lowest, scores.masked_fill(~real[:, None, None, :], -math.inf))
+        v = v if empty_attends else v.masked_fill(empty, 0)
     return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width)
 
 
@@ -184,23 +194,27 @@ def encoder(
     eps: float,
     keep_padding: bool = False,
     all_hidden_states: bool = False,
+    empty_attends: bool = False,
 ) -> Tensor:
     """A post-LayerNorm BERT encoder in float64.
 
     x [B, L, H]; mask [B, L]; position_bias [1|B, heads, L, L]; linears: query, key, value, output, ffn 1, ffn 2 of each
-    layer; norms [layers, 4, H]: weight and bias of the attention's, then of the output's LayerNorm. Masked positions
-    come back as zero unless keep_padding. Returns [B, L, H], or [layers, B, L, H] with all_hidden_states.
+    layer; norms [layers, 4, H]: weight and bias of the attention's, then of the output's LayerNorm. Positions after a
+    sequence's last real token come back as zero unless keep_padding or there is no token at all. Returns [B, L, H], or
+    [layers, B, L, H] with all_hidden_states.
     """
     states = []
     for layer, norm in enumerate(norms):
         query, key, value, output, ffn1, ffn2 = linears[6 * layer : 6 * layer + 6]
-        context = attention(query(x), key(x), value(x), heads[layer], mask, position_bias)
+        context = attention(query(x), key(x), value(x), heads[layer], mask, position_bias, empty_attends)
         attended = add_layernorm(output(context), x, norm[0], norm[1], eps)
         x = add_layernorm(ffn2(activate(ffn1(attended), activation)), attended, norm[2], norm[3], eps)
         states.append(x)
     result = torch.stack(states) if all_hidden_states else x
     if mask is not None and not keep_padding:
-        result = torch.where((mask != 0)[..., None], result, torch.zeros_like(result))
+        for row, real in enumerate(mask != 0):
+            if real.any():
+                result[..., row, int(real.nonzero().max()) + 1 :, :] = 0
     return result
 
 

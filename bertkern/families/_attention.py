@@ -1,4 +1,8 @@
-"""attn_implementation="bertkern": the [B, L] mask reaches the encoder as it is, and the plain path still works."""
+"""attn_implementation="bertkern": the [B, L] mask reaches the encoder as it is, and the plain path still works.
+
+A sequence without a single token tells transformers' own implementations apart: sdpa gives its positions a context of
+zeros, eager the mean of all values. So what was eager becomes "bertkern_eager", whose plain path is eager's formula.
+"""
 
 from typing import Any
 
@@ -10,7 +14,8 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from . import _capture
 
-NAME = "bertkern"
+# Ours, by the implementation that it stands in for.
+NAMES = {"sdpa": "bertkern", "eager": "bertkern_eager"}
 
 
 def bertkern_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -36,10 +41,24 @@ def bertkern_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of layers that do not run fused: sdpa, or the eager formula where its weights are asked for."""
+    if kwargs.get("output_attentions") or _capture.wants("attentions") or _capture.wants("cross_attentions"):
+        return eager_attention(module, query, key, value, attention_mask, dropout, scaling)
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None, :]
-    if not (kwargs.get("output_attentions") or _capture.wants("attentions") or _capture.wants("cross_attentions")):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention by its formula, and its weights."""
     scores = query @ key.transpose(2, 3) * (query.size(-1) ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores + additive(attention_mask, scores.dtype)
@@ -57,5 +76,6 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
 
 
-AttentionInterface.register(NAME, bertkern_attention)
-AttentionMaskInterface.register(NAME, bertkern_mask)
+for name, attention in zip(NAMES.values(), (bertkern_attention, eager_attention), strict=True):
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, bertkern_mask)

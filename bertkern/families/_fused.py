@@ -5,13 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _gradients
 from ..nn.encoder import LayerParts, Stack, Unfit, key_mask, usable
 from ..nn.int8 import Int8Embedding
 from ..nn.linear import PackedLinear
-from ..nn.packing import plain, plain_path, with_gradient
+from ..nn.packing import needs_grad
 from . import _attention, _capture  # noqa: F401  (registers attn_implementation="bertkern")
 
 _embed = torch.ops.bertkern.embed.default
+_embed_from = torch.ops.bertkern.embed_from.default
 # The scale of float tables, and the token type of every token when none is given.
 _ONE, ZERO = torch.ones(1), torch.zeros((), dtype=torch.int64)
 # Arguments of encoders and layers that change nothing about their result.
@@ -23,10 +25,14 @@ class Fused:
 
     Attributes:
         fallbacks: how often a call took the plain path, by reason.
-        keep_padding: whether masked positions are computed too; else they come back as zeros.
+        keep_padding: whether the positions after a sequence's last token are computed too; else they come back as
+            zeros.
+        empty_attends: whether a sequence without a single token attends evenly to all its positions, as transformers'
+            eager attention has it; else to nothing, as its sdpa.
     """
 
     keep_padding: bool = False
+    empty_attends: bool = False
 
     @classmethod
     def unfused(cls) -> type[nn.Module]:
@@ -42,7 +48,7 @@ class Fused:
 
     def unfuse(self) -> None:
         """Drops what `fuse` made."""
-        for name in ("_stack", "fallbacks", "keep_padding"):
+        for name in ("_stack", "fallbacks", "keep_padding", "empty_attends"):
             self.__dict__.pop(name, None)
 
     def fell_back(self, reason: str) -> None:
@@ -68,10 +74,6 @@ class _FusedLayers(Fused):
 
     def watched(self) -> list[nn.Module]:
         """The modules that the operator stands for; a hook on one of them would be skipped."""
-        raise NotImplementedError
-
-    def unfused_layers(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        """The hidden states after each layer by the plain path, which autograd can follow."""
         raise NotImplementedError
 
     def fuse(self) -> None:
@@ -111,8 +113,6 @@ class _FusedLayers(Fused):
             bias: what is added to attention scores, fp32 [1 or B, heads, L, L].
             states: whether the result is the hidden states after every layer, [layers, B, L, H].
         """
-        if plain():
-            return None
         try:
             return self._run(x, mask, others, options, bias, states)
         except Unfit as reason:
@@ -133,7 +133,7 @@ class _FusedLayers(Fused):
             raise Unfit("output_attentions was given")
         if reason := usable(x):
             raise Unfit(reason)
-        keys = key_mask(mask, x.shape[0], x.shape[1])
+        keys, empty_attends = key_mask(mask, x.shape[0], x.shape[1], self.empty_attends)
         collects = self.captures() and _capture.wants("hidden_states")
         every = states or collects
 
@@ -145,30 +145,7 @@ class _FusedLayers(Fused):
         elif stack is None:
             raise Unfit("changed since the last call")
 
-        keep, empty = self.keep_padding, None
-        if keys is not None and not torch.compiler.is_compiling() and not keys.select(1, 0).all().item():
-            # Poolers read the first position, also where it is padding.
-            keep, empty = True, ~keys.any(dim=1)
-
-        def run(h: Tensor) -> Tensor:
-            y = stack.run(h, keys, bias, keep, every)
-            if empty is not None and bool(empty.any()):
-                # Rows without a single token: whatever the attention in use makes of a query without keys.
-                with plain_path():
-                    rows = [t if t is None or t.shape[0] != h.shape[0] else t[empty] for t in (mask, bias)]
-                    outputs = self.unfused_layers(h[empty], *rows)
-                y[..., empty, :, :] = torch.stack(outputs) if every else outputs[-1]
-            return y
-
-        # While tracing, the operator's own formula stands for the gradient.
-        y = None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            parameters = stack.parameters() + ([bias] if bias is not None and bias.requires_grad else [])
-            if x.requires_grad or parameters:
-                dropped = None if keep else keys
-                y = with_gradient(run, lambda h: self._plain(h, mask, bias, dropped, every), self.stale, x, parameters)
-        if y is None:
-            y = run(x)
+        y = stack.run(x, keys, bias, self.keep_padding, every, empty_attends)
         if collects:
             _capture.collect(self.layers(), x, y.unbind(0))
         return y[-1] if every and not states else y
@@ -177,21 +154,16 @@ class _FusedLayers(Fused):
         """Whether hidden states inside this module are collected by hooks that the operator passes over."""
         return False
 
-    def _plain(self, x: Tensor, mask: Tensor | None, bias: Tensor | None, keys: Tensor | None, states: bool) -> Tensor:
-        """What the operator returns, as autograd can follow it; `keys` is None where padding is kept."""
-        outputs = self.unfused_layers(x, mask, bias)
-        if keys is not None:
-            outputs = [h.masked_fill(~keys[..., None], 0) for h in outputs]
-        return torch.stack(outputs) if states else outputs[-1]
-
     def _build(self) -> Stack:
         layers = self.layers()
         if not all(isinstance(layer, FusedLayer) for layer in layers):
             raise Unfit("its layers stay as they were")
         try:
-            return Stack(layers, [layer.parts() for layer in layers], self.watched())
+            stack = Stack(layers, [layer.parts() for layer in layers], self.watched())
         except AttributeError as error:
             raise Unfit(f"its parts have moved: {error}") from error
+        _gradients.own(stack.norms, self)
+        return stack
 
     def _current(self) -> Stack:
         stack = self._stack
@@ -242,9 +214,6 @@ class FusedLayer(_FusedLayers):
     def watched(self) -> list[nn.Module]:
         return [module for module in self.modules() if module is not self]
 
-    def unfused_layers(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        return [self.unfused().forward(self, x, mask)]
-
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs) -> Tensor:
         y = self.fused(hidden_states, attention_mask, args, kwargs)
         return super().forward(hidden_states, attention_mask, *args, **kwargs) if y is None else y
@@ -262,13 +231,6 @@ class FusedEncoder(_FusedLayers):
     def captures(self) -> bool:
         return True
 
-    def unfused_layers(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        outputs = []
-        for layer in self.layer:
-            x = layer(x, mask)
-            outputs.append(x)
-        return outputs
-
 
 class FusedEmbeddings(Fused):
     """A mixin for embeddings: rows of all tables gathered, summed and normalised by one operator."""
@@ -278,8 +240,9 @@ class FusedEmbeddings(Fused):
     def fuse(self) -> None:
         self._arguments()
 
-    def _arguments(self) -> tuple[list[Tensor], list[Tensor], nn.LayerNorm]:
-        tables, scales = [], []
+    def _arguments(self) -> tuple[list[Tensor], list[Tensor], list[int], nn.LayerNorm]:
+        """The tables, their scales, the rows that get no gradient (-1: none), and the norm."""
+        tables, scales, padding = [], [], []
         for name in self.TABLES:
             table = self._modules[name]
             if type(table) is Int8Embedding:
@@ -289,33 +252,31 @@ class FusedEmbeddings(Fused):
                 weight = table._parameters["weight"]
                 if weight.dtype not in (torch.float32, torch.bfloat16):
                     raise Unfit("another dtype")
+                if table.sparse or table.scale_grad_by_freq:
+                    raise Unfit("a table with sparse or scaled gradients")
                 tables.append(weight)
                 scales.append(_ONE)
             else:
                 raise Unfit(f"a table is {type(table).__name__}")
+            padding.append(-1 if table.padding_idx is None else table.padding_idx)
         norm = self._modules["LayerNorm"]
         if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
             raise Unfit(f"a norm is {type(norm).__name__}")
-        return tables, scales, norm
+        return tables, scales, padding, norm
 
-    def embed(self, unfused, ids: Tensor | None, *others: Tensor) -> Tensor | None:
+    def embed(self, ids: Tensor | None, *others: Tensor) -> Tensor | None:
         """The embeddings of `ids` [B, L] and of `others`, which broadcast to it, in the order of TABLES.
-
-        Args:
-            unfused: a function without arguments that computes the same by the plain path.
 
         Returns:
             [B, L, H], or None where the plain path has to run.
         """
-        if plain():
-            return None
         try:
-            return self._embed(unfused, ids, *others)
+            return self._embed(ids, *others)
         except Unfit as reason:
             self.fell_back(str(reason))
             return None
 
-    def _embed(self, unfused, ids: Tensor | None, *others: Tensor) -> Tensor:
+    def _embed(self, ids: Tensor | None, *others: Tensor) -> Tensor:
         if self.training:
             raise Unfit("training mode")
         if ids is None:
@@ -326,20 +287,14 @@ class FusedEmbeddings(Fused):
             for module in self._modules.values():
                 if module._forward_hooks or module._forward_pre_hooks:
                     raise Unfit("hooks on inner modules")
-        tables, scales, norm = self._arguments()
+        tables, scales, padding, norm = self._arguments()
         rows = [_int64(part, ids.shape) for part in (ids, *others)]
         weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-
         dtype = weight.dtype
-
-        def run(_: Tensor | None = None) -> Tensor:
-            fp32 = (weight, bias) if dtype == torch.float32 else (weight.float(), bias.float())
-            return _embed(rows, tables, scales, *fp32, norm.eps, dtype)
-
-        parameters = [tensor for tensor in (*tables, weight, bias) if tensor.requires_grad]
-        if not parameters or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return run()
-        return with_gradient(run, lambda _: unfused(), lambda: None, weight.new_empty(0), parameters)
+        fp32 = (weight, bias) if dtype == torch.float32 else (weight.float(), bias.float())
+        if needs_grad(*tables, weight, bias):
+            return _embed_from(rows, tables, scales, *fp32, norm.eps, dtype, padding)
+        return _embed(rows, tables, scales, *fp32, norm.eps, dtype)
 
 
 def _int64(ids: Tensor, shape: torch.Size) -> Tensor:

@@ -54,17 +54,12 @@ class BertLikeEmbeddings(FusedEmbeddings):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
     ) -> Tensor:
-        def plain() -> Tensor:
-            return self.unfused().forward(
-                self, input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
-            )
-
-        if input_ids is None:
-            return plain()
-        positions = self.positions(input_ids, past_key_values_length) if position_ids is None else position_ids
-        types = ZERO if token_type_ids is None else token_type_ids
-        y = self.embed(plain, input_ids, types, positions)
-        return plain() if y is None else y
+        if input_ids is not None:
+            positions = self.positions(input_ids, past_key_values_length) if position_ids is None else position_ids
+            y = self.embed(input_ids, ZERO if token_type_ids is None else token_type_ids, positions)
+            if y is not None:
+                return y
+        return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
 
 
 class BertLayer(BertLikeLayer, modeling_bert.BertLayer):

@@ -44,14 +44,13 @@ class Embeddings(FusedEmbeddings, modeling_distilbert.Embeddings):
     def forward(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        def plain() -> Tensor:
-            return self.unfused().forward(self, input_ids, inputs_embeds, position_ids)
-
-        if input_ids is None:
-            return plain()
-        positions = self.position_ids[:, : input_ids.shape[1]] if position_ids is None else position_ids
-        y = self.embed(plain, input_ids, positions)
-        return plain() if y is None else y
+        if input_ids is not None:
+            y = self.embed(
+                input_ids, self.position_ids[:, : input_ids.shape[1]] if position_ids is None else position_ids
+            )
+            if y is not None:
+                return y
+        return super().forward(input_ids, inputs_embeds, position_ids)
 
 
 CLASSES = {

@@ -29,16 +29,13 @@ class MPNetLayer(FusedLayer, modeling_mpnet.MPNetLayer):
             scaling=attention.attention_head_size**-0.5,
         )
 
-    def unfused_layers(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        return [self.unfused().forward(self, x, additive(mask, x.dtype), bias)[0]]
-
     def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
         if not output_attentions:
             y = self.fused(hidden_states, attention_mask, (), kwargs, bias=position_bias)
             if y is not None:
                 return (y,)
         mask = additive(attention_mask, hidden_states.dtype)
-        return self.unfused().forward(self, hidden_states, mask, position_bias, output_attentions, **kwargs)
+        return super().forward(hidden_states, mask, position_bias, output_attentions, **kwargs)
 
 
 class MPNetEncoder(FusedEncoder, modeling_mpnet.MPNetEncoder):
@@ -69,13 +66,6 @@ class MPNetEncoder(FusedEncoder, modeling_mpnet.MPNetEncoder):
             known = self._bias = (key, table, self.compute_position_bias(x[:1]).float())
         return known[2]
 
-    def unfused_layers(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        outputs = []
-        for layer in self.layer:
-            x = layer(x, mask, bias)[0]
-            outputs.append(x)
-        return outputs
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -104,16 +94,14 @@ class MPNetEmbeddings(FusedEmbeddings, modeling_mpnet.MPNetEmbeddings):
     TABLES = ("word_embeddings", "position_embeddings")
 
     def forward(self, input_ids=None, position_ids=None, inputs_embeds=None, **kwargs) -> Tensor:
-        def plain() -> Tensor:
-            return self.unfused().forward(self, input_ids, position_ids, inputs_embeds, **kwargs)
-
-        if input_ids is None:
-            return plain()
-        positions = position_ids
-        if positions is None:
-            positions = modeling_mpnet.create_position_ids_from_input_ids(input_ids, self.padding_idx)
-        y = self.embed(plain, input_ids, positions)
-        return plain() if y is None else y
+        if input_ids is not None:
+            positions = position_ids
+            if positions is None:
+                positions = modeling_mpnet.create_position_ids_from_input_ids(input_ids, self.padding_idx)
+            y = self.embed(input_ids, positions)
+            if y is not None:
+                return y
+        return super().forward(input_ids, position_ids, inputs_embeds, **kwargs)
 
 
 CLASSES = {

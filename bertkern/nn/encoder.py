@@ -13,9 +13,12 @@ from .. import _ops  # noqa: F401  (loads the operators)
 from .activations import activation_code
 from .int8 import Int8Linear
 from .linear import FLOATS, PackedLinear
-from .packing import Epoch, version
+from .packing import Epoch, needs_grad, version
 
 _encoder = torch.ops.bertkern.encoder.default
+_encoder_from = torch.ops.bertkern.encoder_from.default
+# Stands for a tensor that is no parameter.
+_NOTHING = torch.empty(0)
 LEAVES = (Int8Linear, PackedLinear)
 
 
@@ -83,6 +86,8 @@ class Stack:
             flat = torch.stack([tensor.detach().float() for pair in tensors for tensor in pair])
         # [layers, 4, H]: weight and bias of the attention norm, weight and bias of the output norm.
         self.norms = flat.view(len(layers), 4, -1)
+        # In the order of encoder_from: weight and bias of the layer's six linears, then of its two norms.
+        self._made_from = [_NOTHING if tensor is None else tensor for part in parts for tensor in _made_from(part)]
 
         # What `current` compares. Lists and C loops, because this runs at every call.
         # An activation may be a function.
@@ -120,10 +125,6 @@ class Stack:
         """The hooks on watched modules."""
         return [hook for hooks in self._hooks for hook in hooks.values()] if any(self._hooks) else []
 
-    def parameters(self) -> list[Tensor]:
-        """Those tensors that autograd may want gradients for."""
-        return [tensor for tensor in self._tensors if tensor.requires_grad]
-
     def run(
         self,
         x: Tensor,
@@ -131,38 +132,33 @@ class Stack:
         position_bias: Tensor | None = None,
         keep_padding: bool = False,
         all_hidden_states: bool = False,
+        empty_attends: bool = False,
     ) -> Tensor:
         """The encoder operator: x [B, L, H], mask [B, L] -> [B, L, H], or [layers, B, L, H] after every layer."""
-        return _encoder(
-            x,
-            mask,
-            position_bias,
-            self.linears,
-            self.norms,
-            self.heads,
-            self.activation,
-            self.eps,
-            keep_padding,
-            all_hidden_states,
-        )
+        options = (self.heads, self.activation, self.eps, keep_padding, all_hidden_states, empty_attends)
+        if needs_grad(x, position_bias, *self._made_from):
+            return _encoder_from(x, mask, position_bias, self.linears, self.norms, self._made_from, *options)
+        return _encoder(x, mask, position_bias, self.linears, self.norms, *options)
 
 
-def key_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The [B, L] mask of keys that `mask` amounts to.
+def key_mask(mask: Tensor | None, batch: int, length: int, empty_attends: bool) -> tuple[Tensor | None, bool]:
+    """The [B, L] mask of keys that `mask` amounts to, and whether a sequence without keys attends evenly to all.
 
     Args:
         mask: None, [B, L] bool, or [B or 1, 1, L or 1, L], bool (True = attend) or additive (0 = attend, the lowest
             value of its dtype or -inf = do not).
+        empty_attends: the answer for [B, L]. Of the others, the lowest value makes all scores of a row equal, and
+            scaled_dot_product_attention gives zeros for a row of False.
 
     Raises:
         Unfit: the mask says something else, such as keys that differ from query to query.
     """
     if mask is None:
-        return None
+        return None, False
     if mask.dim() == 2:
         if mask.dtype != torch.bool or mask.shape[0] != batch or mask.shape[1] != length:
             raise Unfit("a mask of another shape or dtype")
-        return mask
+        return mask, empty_attends
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != length:
         raise Unfit("a mask of another shape or dtype")
     if torch.compiler.is_compiling():
@@ -174,14 +170,16 @@ def key_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         and not torch.equal(mask[:, 0], first[:, None].expand(mask[:, 0].shape))
     ):
         raise Unfit("a mask that differs from query to query")
-    if mask.dtype != torch.bool:
-        if not mask.is_floating_point():
-            raise Unfit("a mask of another shape or dtype")
-        attend = first == 0
-        if not bool((attend | (first <= torch.finfo(first.dtype).min)).all()):
-            raise Unfit("a mask with weights")
-        first = attend
-    return first.expand(batch, length)
+    if mask.dtype == torch.bool:
+        return first.expand(batch, length), False
+    if not mask.is_floating_point():
+        raise Unfit("a mask of another shape or dtype")
+    attend = first == 0
+    if not bool((attend | (first <= torch.finfo(first.dtype).min)).all()):
+        raise Unfit("a mask with weights")
+    if bool((first == -torch.inf).all(dim=1).any()):
+        raise Unfit("a mask of -inf alone")
+    return attend.expand(batch, length), True
 
 
 def usable(x: Tensor) -> str | None:
@@ -189,6 +187,16 @@ def usable(x: Tensor) -> str | None:
     if not x.is_cpu:
         return "another device"
     return None if x.dtype in FLOATS else "another dtype"
+
+
+def _made_from(part: LayerParts) -> list[Tensor | None]:
+    """Weight and bias of the layer's linears, None where they have no gradient, and of its norms."""
+    tensors: list[Tensor | None] = []
+    for leaf in (getattr(*slot) for slot in part.linears()):
+        tensors += (leaf.weight, leaf.bias) if isinstance(leaf, PackedLinear) else (None, None)
+    for norm in (getattr(*slot) for slot in part.norms()):
+        tensors += (norm.weight, norm.bias)
+    return tensors
 
 
 def _common(what: str, values: list) -> Any:

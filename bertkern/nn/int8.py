@@ -11,7 +11,7 @@ from .. import _ops  # noqa: F401  (loads the operators)
 from ..config import Int8Config
 from ..formats.int8 import quantize_weight
 from .linear import FLOATS
-from .packing import PackedCache, needs_grad, plain, with_gradient
+from .packing import PackedCache
 
 _linear = torch.ops.bertkern.linear.default
 # Weights that are converted at a time: some megabytes of temporaries beside a model, whatever its widths.
@@ -235,12 +235,9 @@ class Int8Linear(PackedCache, _Int8Weight):
         return F.linear(x, self.dequantized_weight(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or not x.is_cpu or x.dtype not in FLOATS or plain():
+        if self.training or not x.is_cpu or x.dtype not in FLOATS:
             return self._plain(x)
-        packed = self.packed()
-        if needs_grad(x) and not torch.compiler.is_compiling():
-            return with_gradient(lambda y: _linear(y, packed, self.out_features), self._plain, self.stale, x, ())
-        return _linear(x, packed, self.out_features)
+        return _linear(x, self.packed(), self.out_features)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

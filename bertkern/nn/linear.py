@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _ops  # noqa: F401  (loads the operators)
-from .packing import PackedCache, needs_grad, plain, with_gradient
+from .packing import PackedCache, needs_grad
 
 _linear = torch.ops.bertkern.linear.default
+_linear_from = torch.ops.bertkern.linear_from.default
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,18 +56,11 @@ class PackedLinear(PackedCache, nn.Linear):
             # Pruning hooks and parametrizations compute the weight.
             return F.linear(x, self.weight, self.bias)
         weight, bias = self._sources()
-        if self.training or not x.is_cpu or x.dtype not in FLOATS or weight.dtype not in FLOATS or plain():
+        if self.training or not x.is_cpu or x.dtype not in FLOATS or weight.dtype not in FLOATS:
             return F.linear(x, weight, bias)
         packed = self.packed()
-        if needs_grad(x, weight, bias) and not torch.compiler.is_compiling():
-            parameters = [tensor for tensor in (weight, bias) if tensor is not None]
-            return with_gradient(
-                lambda y: _linear(y, packed, self.out_features),
-                lambda y: F.linear(y, weight, bias),
-                self.stale,
-                x,
-                parameters,
-            )
+        if needs_grad(weight, bias):
+            return _linear_from(x, packed, weight, bias)
         return _linear(x, packed, self.out_features)
 
     def train(self, mode: bool = True) -> "PackedLinear":

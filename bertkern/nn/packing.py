@@ -1,35 +1,12 @@
-"""What all swapped modules share: when the plain path runs, and a packed copy that follows its tensors."""
+"""What all swapped modules share: a packed copy that follows its tensors."""
 
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class _State(threading.local):
-    plain = False
-
-
-_state = _State()
-
-
-@contextmanager
-def plain_path():
-    """Within it, in this thread, swapped modules compute by torch's own operators, which autograd can follow."""
-    before, _state.plain = _state.plain, True
-    try:
-        yield
-    finally:
-        _state.plain = before
-
-
-def plain() -> bool:
-    """Whether this thread is inside `plain_path`."""
-    # A thread-local cannot be traced; a trace never starts inside a backward pass.
-    return not torch.compiler.is_compiling() and _state.plain
+from .. import _gradients
 
 
 def version(tensor: Tensor) -> int:
@@ -93,6 +70,7 @@ class PackedCache:
         with torch.no_grad():
             packed = self._pack()
         self.__dict__["_packed"] = _Copy(sources, versions, pointers, packed)
+        _gradients.own(packed, self)
         Epoch.now += 1
         return packed
 
@@ -132,44 +110,3 @@ class PackedCache:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to follow an operation on `tensors`."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-class _Recompute(torch.autograd.Function):
-    """Forward by the fused operators; backward computes the plain path again and differentiates that."""
-
-    @staticmethod
-    def forward(ctx, fused: Callable, unfused: Callable, stale: Callable, *tensors: Tensor):
-        ctx.unfused, ctx.stale = unfused, stale
-        ctx.save_for_backward(*tensors)
-        return fused(*tensors)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        tensors = ctx.saved_tensors
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
-        with torch.enable_grad(), plain_path():
-            # Parameters stay themselves: the plain path reads them from its modules. The input becomes a leaf.
-            first = tensors[0].detach().requires_grad_(ctx.needs_input_grad[3])
-            outputs = ctx.unfused(first, *tensors[1:])
-            leaves = [first if i == 0 else tensors[i] for i in wanted]
-            outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-            followed = [(o, g) for o, g in zip(outputs, grads, strict=False) if o.requires_grad]
-            found = torch.autograd.grad([o for o, _ in followed], leaves, [g for _, g in followed], allow_unused=True)
-        if wanted != [0]:
-            # Whoever asks for gradients of parameters is about to change them.
-            ctx.stale()
-        result: list[Tensor | None] = [None] * len(tensors)
-        for i, grad in zip(wanted, found, strict=False):
-            result[i] = grad
-        return None, None, None, *result
-
-
-def with_gradient(fused: Callable, unfused: Callable, stale: Callable, x: Tensor, parameters: Sequence[Tensor]) -> Any:
-    """`fused(x)` now, and in a backward pass the gradients of `unfused(x)` for `x` and `parameters`.
-
-    Args:
-        fused, unfused: functions of one tensor, the same but for rounding.
-        stale: called after a backward pass that gave gradients to `parameters`.
-        parameters: what `unfused` also depends on.
-    """
-    return _Recompute.apply(lambda first, *_: fused(first), lambda first, *_: unfused(first), stale, x, *parameters)

@@ -34,6 +34,6 @@ Tensor embed(std::vector<Tensor> ids, std::vector<Tensor> tables, std::vector<Te
              const Tensor& bias, double eps, std::optional<ScalarType> out_dtype);
 Tensor encoder(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor> position_bias,
                std::vector<Tensor> linears, const Tensor& norms, std::vector<int64_t> heads, int64_t activation,
-               double eps, bool keep_padding, bool all_hidden_states);
+               double eps, bool keep_padding, bool all_hidden_states, bool empty_attends);
 
 }  // namespace bertkern::ops

@@ -57,17 +57,79 @@ def test_int8_against_the_simulation():
     assert reference.sqnr(expected, y) > 40
 
 
+def every_padding(length):
+    """A row without padding, then trailing, left, holes, all of these, no token but one, and no token."""
+    mask = torch.ones(8, length, dtype=torch.long)
+    mask[1, length // 2 :] = 0
+    mask[2, : length // 3] = 0
+    mask[3, 2:-1:3] = 0
+    mask[4, : length // 4] = mask[4, length // 2] = mask[4, -length // 4 :] = 0
+    mask[5, :-1] = 0
+    mask[6, 1:] = 0
+    mask[7] = 0
+    return mask
+
+
 @pytest.mark.parametrize("keep_padding", (False, True))
-def test_holes_left_padding_and_position_bias(keep_padding):
-    packed, plain, norms = stack(1, 52, 60, "fp32")
-    x = inputs(3, 41, 52)
-    mask = torch.ones(3, 41)
-    mask[0, :9] = 0
-    mask[1, 3:30:4] = 0
-    bias = torch.randn(1, 2, 41, 41, generator=torch.Generator().manual_seed(6))
-    expected = reference.encoder(x, mask, bias, plain, norms, [2], 2, 1e-5, keep_padding)
-    y = encoder(x, mask, bias, packed, norms, [2], 2, 1e-5, keep_padding)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=2e-5)
+@pytest.mark.parametrize("empty_attends", (False, True))
+@pytest.mark.parametrize("biased", (None, 1, 8))
+def test_every_padding(keep_padding, empty_attends, biased):
+    packed, plain, norms = stack(2, 52, 60, "fp32")
+    x, mask = inputs(8, 41, 52), every_padding(41)
+    bias = None if biased is None else torch.randn(biased, 2, 41, 41, generator=torch.Generator().manual_seed(6))
+    flags = (keep_padding, True, empty_attends)
+    expected = reference.encoder(x, mask, bias, plain, norms, [2, 2], 2, 1e-5, *flags)
+    y = encoder(x, mask, bias, packed, norms, [2, 2], 2, 1e-5, *flags)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=5e-5)
+    assert torch.equal(encoder(x, mask, bias, packed, norms, [2, 2], 2, 1e-5, keep_padding, False, empty_attends), y[1])
+
+
+@pytest.mark.parametrize("kind", ("int8", "fp32"))
+def test_padding_reaches_no_token_and_no_other_sequence(kind):
+    packed, _, norms = stack(2, 64, 96, kind)
+    x, mask = inputs(8, 41, 64), every_padding(41)
+    poisoned = x.masked_fill(mask[..., None] == 0, float("nan"))
+    for empty_attends in (False, True):
+        options = (packed, norms, [4, 4], 1, 1e-12, False, False, empty_attends)
+        clean, dirty = encoder(x, mask, None, *options), encoder(poisoned, mask, None, *options)
+        assert torch.equal(clean[mask != 0], dirty[mask != 0])
+        for row in range(8):
+            assert torch.equal(encoder(x[row : row + 1], mask[row : row + 1], None, *options)[0], clean[row])
+
+
+@pytest.mark.parametrize("kind", ("int8", "fp32"))
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_nan_and_inf_stay_in_their_sequence(kind, bad):
+    packed, _, norms = stack(2, 64, 96, kind)
+    x, mask = inputs(8, 41, 64), every_padding(41)
+    clean = encoder(x, mask, None, packed, norms, [4, 4], 1, 1e-12)
+    x[3, 6, 7] = bad
+    dirty = encoder(x, mask, None, packed, norms, [4, 4], 1, 1e-12)
+    others = torch.arange(8) != 3
+    assert torch.equal(clean[others], dirty[others])
+    # Every token of the sequence attends to the one that is not finite.
+    assert dirty[3][mask[3] != 0].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "export"))
+@pytest.mark.parametrize("empty_attends", (False, True))
+def test_traced_calls_give_the_same_bits(backend, empty_attends):
+    packed, _, norms = stack(2, 32, 40, "fp32")
+
+    class Encoder(torch.nn.Module):
+        def forward(self, x, mask):
+            return encoder(x, mask, None, packed, norms, [2, 2], 1, 1e-12, False, True, empty_attends)
+
+    torch._dynamo.reset()
+    x, mask = inputs(8, 41, 32), every_padding(41)
+    if backend == "export":
+        sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=64)}
+        traced = torch.export.export(Encoder(), (x, mask), dynamic_shapes=(sizes, sizes)).module()
+    else:
+        traced = torch.compile(Encoder(), fullgraph=True, dynamic=True, backend=backend)
+    for rows, length in ((8, 41), (7, 40), (1, 3)):
+        call = (x[-rows:, :length], mask[-rows:, :length])
+        assert torch.equal(traced(*call), Encoder()(*call))
 
 
 @pytest.mark.parametrize("kind", ("int8", "fp32"))
@@ -94,13 +156,22 @@ def test_a_sequence_depends_on_nothing_else(kind):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("dtype", (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16))
+MASK_DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES)
 def test_mask_dtypes(dtype):
     packed, _, norms = stack(1, 32, 40, "fp32")
-    x = inputs(2, 9, 32)
-    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    x, mask = inputs(8, 9, 32), every_padding(9)
     expected = encoder(x, mask, None, packed, norms, [2], 1, 1e-12)
     assert torch.equal(encoder(x, mask.to(dtype), None, packed, norms, [2], 1, 1e-12), expected)
+    strided = torch.stack([mask, 1 - mask], dim=2).to(dtype)[..., 0]
+    assert torch.equal(encoder(x, strided, None, packed, norms, [2], 1, 1e-12), expected)
+    if dtype.is_floating_point:
+        assert torch.equal(encoder(x, mask.to(dtype) * -0.0, None, packed, norms, [2], 1, 1e-12)[7], expected[7])
 
 
 def test_embed_and_add_layernorm():

@@ -20,6 +20,7 @@ struct Packing {
   std::vector<int64_t> source;     // row of x of each packed token
   std::vector<int32_t> positions;  // in its sequence
   bool consecutive = true;
+  std::vector<int64_t> even;  // the sequences without a token that attend evenly
 };
 
 template <class T>
@@ -47,9 +48,26 @@ bool is_token(const Tensor& mask, const void* data, int64_t i) {
   }
 }
 
-// Keys first; with keep_padding the other positions follow as queries only. A row without a token keeps all positions,
-// with a context of zeros, as scaled_dot_product_attention answers.
-Packing pack_tokens(const std::optional<Tensor>& mask, int64_t batch, int64_t length, bool keep_padding) {
+bool is_mask_dtype(ScalarType t) {
+  switch (t) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+    case ScalarType::Double:
+      return true;
+    default:
+      return is_activation_dtype(t);
+  }
+}
+
+// Keys first. The masked positions before a sequence's last token follow as queries only, because poolers read the
+// first position of a left-padded sequence; those after it only with keep_padding. A sequence without a token keeps all
+// its positions: they attend to nothing, or evenly to all of them where empty_attends.
+Packing pack_tokens(const std::optional<Tensor>& mask, int64_t batch, int64_t length, bool keep_padding,
+                    bool empty_attends) {
   Packing p;
   p.source.reserve(static_cast<size_t>(batch * length));
   p.positions.reserve(static_cast<size_t>(batch * length));
@@ -65,13 +83,16 @@ Packing pack_tokens(const std::optional<Tensor>& mask, int64_t batch, int64_t le
       continue;
     }
     const void* data = mask->const_data_ptr();
+    int64_t end = 0;
     for (int64_t i = 0; i < length; ++i)
-      if (is_token(*mask, data, b * length + i)) add(i);
-    const int64_t keys = static_cast<int64_t>(p.source.size()) - begin;
-    if (keep_padding || keys == 0)
-      for (int64_t i = 0; i < length; ++i)
+      if (is_token(*mask, data, b * length + i)) add(i), end = i + 1;
+    int64_t keys = static_cast<int64_t>(p.source.size()) - begin;
+    if (keep_padding || keys == 0) end = length;
+    if (keys < end)
+      for (int64_t i = 0; i < end; ++i)
         if (!is_token(*mask, data, b * length + i)) add(i);
-    p.sequences.push_back({begin, static_cast<int64_t>(p.source.size()) - begin, keys, nullptr});
+    if (keys == 0 && empty_attends) keys = length, p.even.push_back(b);
+    p.sequences.push_back({begin, end, keys, nullptr});
   }
   return p;
 }
@@ -82,7 +103,7 @@ thread_local cpu::Scratch hidden_memory;
 
 Tensor encoder(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor> position_bias,
                std::vector<Tensor> linears, const Tensor& norms, std::vector<int64_t> heads, int64_t activation,
-               double eps, bool keep_padding, bool all_hidden_states) {
+               double eps, bool keep_padding, bool all_hidden_states, bool empty_attends) {
   require(x.dim() == 3, kOp, ": expected x of shape [B, L, H]. Got ", shape_of(x), ".");
   const Tensor in = expect_float(kOp, "x", x);
   const int64_t batch = in.size(0), length = in.size(1), h = in.size(2);
@@ -123,8 +144,11 @@ Tensor encoder(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor
     m = dense(*mask);
     require(m.is_cpu() && m.dim() == 2 && m.size(0) == batch && m.size(1) == length, kOp,
             ": expected mask of shape [B, L] = [", batch, ", ", length, "] on the CPU. Got ", shape_of(m), ".");
+    require(is_mask_dtype(m.scalar_type()), kOp, ": expected mask of dtype bool, an integer or a float. Got ",
+            dtype_name(m.scalar_type()), ".");
   }
-  Packing packing = pack_tokens(mask ? std::optional<Tensor>(m) : std::nullopt, batch, length, keep_padding);
+  Packing packing =
+      pack_tokens(mask ? std::optional<Tensor>(m) : std::nullopt, batch, length, keep_padding, empty_attends);
   Tensor bias;
   if (position_bias) {
     bias = expect(kOp, "position_bias", *position_bias, ScalarType::Float);
@@ -139,6 +163,14 @@ Tensor encoder(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor
     for (int64_t b = 0; b < batch; ++b)
       packing.sequences[static_cast<size_t>(b)].bias =
           static_cast<const float*>(bias.const_data_ptr()) + (bias.size(0) == 1 ? 0 : b * count * length * length);
+  }
+  // A bias beside which every score vanishes, as beside the lowest float that masks are made of; this one stays finite
+  // where a kernel scales it.
+  std::vector<float> even;
+  if (!packing.even.empty()) {
+    const int64_t most = *std::max_element(heads.begin(), heads.end());
+    even.assign(static_cast<size_t>(most * length * length), -1e30f);
+    for (const int64_t b : packing.even) packing.sequences[static_cast<size_t>(b)].bias = even.data();
   }
 
   std::vector<int64_t> shape = {batch, length, h};
