@@ -9,10 +9,10 @@ from .. import _gradients
 from ..nn.encoder import LayerParts, Stack, Unfit, key_mask, usable
 from ..nn.int8 import Int8Embedding
 from ..nn.linear import PackedLinear
-from ..nn.packing import needs_grad
+from ..nn.packing import lean, needs_grad
 from . import _attention, _capture  # noqa: F401  (registers attn_implementation="bertkern")
 
-_embed = torch.ops.bertkern.embed.default
+_embed = lean(torch.ops.bertkern.embed.default)
 _embed_from = torch.ops.bertkern.embed_from.default
 # The scale of float tables, and the token type of every token when none is given.
 _ONE, ZERO = torch.ones(1), torch.zeros((), dtype=torch.int64)

@@ -13,9 +13,9 @@ from .. import _ops  # noqa: F401  (loads the operators)
 from .activations import activation_code
 from .int8 import Int8Linear
 from .linear import FLOATS, PackedLinear
-from .packing import Epoch, needs_grad, version
+from .packing import Epoch, lean, needs_grad, version
 
-_encoder = torch.ops.bertkern.encoder.default
+_encoder = lean(torch.ops.bertkern.encoder.default)
 _encoder_from = torch.ops.bertkern.encoder_from.default
 # Stands for a tensor that is no parameter.
 _NOTHING = torch.empty(0)

@@ -11,9 +11,9 @@ from .. import _ops  # noqa: F401  (loads the operators)
 from ..config import Int8Config
 from ..formats.int8 import quantize_weight
 from .linear import FLOATS
-from .packing import PackedCache
+from .packing import PackedCache, lean
 
-_linear = torch.ops.bertkern.linear.default
+_linear = lean(torch.ops.bertkern.linear.default)
 # Weights that are converted at a time: some megabytes of temporaries beside a model, whatever its widths.
 BLOCK = 2**18
 

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _ops  # noqa: F401  (loads the operators)
-from .packing import PackedCache, needs_grad
+from .packing import PackedCache, lean, needs_grad
 
-_linear = torch.ops.bertkern.linear.default
+_linear = lean(torch.ops.bertkern.linear.default)
 _linear_from = torch.ops.bertkern.linear_from.default
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -107,6 +107,18 @@ class PackedCache:
         return self
 
 
+def lean(op: Callable) -> Callable:
+    """`op` that passes by torch's Python code for gradients where none are recorded: a tenth of a small model's time."""
+
+    def call(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to follow an operation on `tensors`."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
