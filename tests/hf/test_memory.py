@@ -17,6 +17,7 @@ def restart():
         file.write("5")
 
 folder, weight = sys.argv[1:]
+torch.set_num_threads(1)
 # What is imported and allocated at first use is not the model's.
 small = BertModel(BertConfig(vocab_size=50, hidden_size=24, num_attention_heads=2, num_hidden_layers=1))
 bk.quantize_(small.eval()).save_pretrained(folder + "/small")
