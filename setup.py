@@ -11,15 +11,19 @@ with sanitizers. BERTKERN_VERBOSE=1 prints the compiler's commands.
 """
 
 import json
+import logging
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
 
@@ -44,11 +48,21 @@ DEBUG_FLAGS = ["-O0", "-g", "-ffp-contract=off"]
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI as of torch 2.10
 
 INSTALL = "pip install --no-build-isolation ."
+TOOLS = "pip install -U 'setuptools>=77' 'pybind11>=2.12' ninja"
+
+# What torch says while it is imported is not about this build: it needs neither numpy nor a GPU.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in str(record.msg))
 
 
 def stop(line: str) -> None:
     """End the build with one line that says what to do."""
     raise SystemExit(f"bertkern: {line}")
+
+
+# Without build isolation nobody else looks: an older one lacks `bdist_wheel`, and that is all it would say.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    stop(f"expected setuptools 77 or newer. Got {setuptools.__version__}. Run: {TOOLS}, then: {INSTALL}")
 
 
 def debug() -> bool:
@@ -86,7 +100,7 @@ class Toolchain:
         try:
             import pybind11
         except ImportError:
-            stop(f"pybind11 is not installed here. Run: pip install pybind11, then: {INSTALL}")
+            stop(f"pybind11 is not installed here. Run: {TOOLS}, then: {INSTALL}")
         return pybind11.get_include()
 
     @staticmethod
@@ -95,7 +109,7 @@ class Toolchain:
         search = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
         ninja = shutil.which("ninja", path=search)
         if not ninja:
-            stop(f"ninja is not installed here. Run: pip install ninja, then: {INSTALL}")
+            stop(f"ninja is not installed here. Run: {TOOLS}, then: {INSTALL}")
         os.environ["PATH"] = search  # torch's builder looks for it too
         return ninja
 
@@ -275,6 +289,12 @@ def build_command() -> type[build_ext]:
     return Build
 
 
+class CompilerFirst(build):
+    """What is missing is said before a hundred lines about copied files, which pip would print with it."""
+
+    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
+
+
 packages = find_packages(include=["bertkern", "bertkern.*"])
 # Folders of their own in the checkout; inside the package where it is installed, so that they collide with nobody's.
 packages += ["bertkern.benchmarks", "bertkern.benchmarks.engines"]
@@ -287,7 +307,8 @@ setup(
     packages=packages,
     package_dir=package_dir,
     ext_modules=libraries(),
-    cmdclass={"build_ext": build_command()},
+    include_package_data=False,  # else results of the benchmarks and more: all that git holds
+    cmdclass={"build": CompilerFirst, "build_ext": build_command()},
     # One wheel for every Python, for the operators' sake (free-threaded Python has none such); doctor says where _host
     # does not fit.
     options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -134,8 +134,12 @@ def _demo(run: Run, plt: Any) -> Any:
 
 
 def _memory(run: Run, plt: Any) -> Any:
-    figure, axes = plt.subplots(figsize=(5.5, 2.0))
-    _bars(axes, [r.x_value for r in run.rows], [r.median for r in run.rows], [f"{r.median:,.0f}" for r in run.rows])
-    _headline(figure, run, "MB while BERT-base is quantized")
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    ways = run.providers("memory_mb")
+    bars = [(f"{way}: {moment}", run.find(way, "memory_mb", moment)) for way in ways for moment in ("peak", "after")]
+    bars.insert(0, ("the fp32 model", run.find(ways[0], "memory_mb", "model")))
+    figure, axes = plt.subplots(figsize=(6.5, 2.6))
+    values = [row.median for _, row in bars]
+    _bars(axes, [name for name, _ in bars], values, [f"{value:,.0f}" for value in values])
+    _headline(figure, run, "resident MB while BERT-base becomes int8")
+    figure.tight_layout()
     return figure

@@ -87,11 +87,18 @@ class Session:
         """The memory's read bandwidth, GB/s."""
         return {"read": peak.read(threads)}
 
-    def memory(self) -> dict[str, Any]:
-        """Peak memory of quantizing, see `memory.py`."""
+    def make_int8(self, folder: str, out: str) -> dict[str, Any]:
+        """Saves the int8 form of the model in `folder`."""
+        from .memory import make_int8
+
+        make_int8(folder, out)
+        return {}
+
+    def memory(self, way: str, folder: str) -> dict[str, Any]:
+        """Peak memory of one way to an int8 model, see `memory.py`."""
         from .memory import measure
 
-        return measure()
+        return measure(way, folder)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import plan
+from . import mapped, plan
 from .config import Int8Config
 from .nn import Int8Embedding, Int8Linear, PackedLinear
 from .nn.encoder import Unfit
@@ -63,6 +63,7 @@ def accelerate(model: nn.Module, sample: object = None, *, keep_padding: bool = 
         # Now, because torch.compile must find the packed weights when it traces.
         if isinstance(module, Int8Linear) and module.weight_codes.device.type == "cpu":
             module.packed()
+            mapped.release(module.weight_codes)  # the kernels read the packed copy
     _fuse(model, record, keep_padding)
     setattr(model, RECORD, record)
     if quantized:
@@ -162,9 +163,14 @@ def exchange(model: nn.Module, config: Int8Config, linears: list[str], tables: l
     """
     for name in linears:
         if name not in ties:
-            _put(model, name, Int8Linear.from_linear(model.get_submodule(name), config))
+            linear = model.get_submodule(name)
+            _put(model, name, Int8Linear.from_linear(linear, config))
+            mapped.release(linear.weight)
     for name in tables:
-        _put(model, name, Int8Embedding.from_embedding(model.get_submodule(name), config))
+        table = model.get_submodule(name)
+        _put(model, name, Int8Embedding.from_embedding(table, config))
+        mapped.release(table.weight)
+    linear = table = None  # the last ones are freed, too
     for name, source in ties.items():
         linear, table = model.get_submodule(name), model.get_submodule(source)
         bias = None if linear.bias is None else linear.bias.detach().clone()

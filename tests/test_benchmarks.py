@@ -258,7 +258,16 @@ def gemm_run() -> results.Run:
     return run
 
 
-@pytest.mark.parametrize("make", [made_run, demo_run, gemm_run])
+def memory_run() -> results.Run:
+    run = made_run("memory-bert-base")
+    run.rows.clear()
+    for way in ("bertkern-int8", "from_pretrained of int8"):
+        for moment, mb in {"model": 438.0, "layer": 28.0, "peak": 441.0, "after": 202.0}.items():
+            run.add("memory", way, "memory_mb", ("moment", moment), (mb, mb, mb))
+    return run
+
+
+@pytest.mark.parametrize("make", [made_run, demo_run, gemm_run, memory_run])
 def test_every_kind_of_run_is_shown_and_drawn(make, tmp_path):
     from rich.console import Console
 

@@ -217,7 +217,16 @@ def test_build_without_ninja(project, run_python):
         "runpy.run_path('setup.py', run_name='__main__')"
     )
     line = failed_build(run_python, project, "-c", hide)
-    assert line.startswith("bertkern: ninja is not installed here. Run: pip install ninja")
+    assert line.startswith("bertkern: ninja is not installed here. Run: pip install -U 'setuptools>=77' ")
+
+
+def test_build_with_old_setuptools(project, run_python):
+    old = (
+        "import runpy, setuptools, sys; setuptools.__version__ = '65.5.0'; sys.argv = ['setup.py', '--version']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    line = failed_build(run_python, project, "-c", old)
+    assert line.startswith("bertkern: expected setuptools 77 or newer. Got 65.5.0. Run: pip install -U 'setuptools>=77'")
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

@@ -1,0 +1,65 @@
+"""Pages of a mapped file are let go of, and nothing else is."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bertkern.mapped import release
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+COUNT = 2**20  # floats: 4 MB
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Resident kB of the mapping that `tensor` begins in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            inside = low <= tensor.data_ptr() < high
+        elif inside and first == "Rss:":
+            return int(line.split()[1])
+    raise AssertionError("no such mapping")
+
+
+@pytest.fixture
+def mapped(tmp_path) -> torch.Tensor:
+    """The numbers from 0 to COUNT in a file, all of them read."""
+    path = tmp_path / "numbers.bin"
+    path.write_bytes(torch.arange(COUNT, dtype=torch.float32).numpy().tobytes())
+    tensor = torch.from_file(str(path), shared=False, size=COUNT, dtype=torch.float32)
+    assert float(tensor.max()) == COUNT - 1
+    return tensor
+
+
+def test_pages_that_were_only_read_go(mapped):
+    assert resident(mapped) >= 4096
+    assert release(mapped)
+    assert resident(mapped) < 64
+    assert torch.equal(mapped, torch.arange(COUNT, dtype=torch.float32))
+
+
+def test_a_part_takes_nothing_from_its_neighbours(mapped):
+    part = mapped[1000 : COUNT // 2]
+    assert release(part)
+    assert 2048 <= resident(mapped) <= 2048 + 64
+
+
+def test_changed_values_stay(mapped):
+    mapped[COUNT // 2] = -1
+    assert not release(mapped)
+    assert float(mapped[COUNT // 2]) == -1
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(COUNT), torch.ones(3), torch.ones(0), torch.ones(COUNT, device="meta"), torch.ones(1024, 1024).T],
+    ids=["heap", "small", "empty", "meta", "transposed"],
+)
+def test_other_memory_is_left_alone(tensor):
+    assert not release(tensor)
+    if tensor.device.type == "cpu":
+        assert bool((tensor == 1).all())
