@@ -4,7 +4,8 @@
     python -m bertkern bench gemm --rows 128 --layers 3072x768 --epilogues fp32,gelu+q8
 
 A single row reads every weight once, so there it rotates over weights beyond the last-level cache, and the yardstick is
-our own read probe. Shapes are M x N x K: M rows of tokens, weight [N, K].
+our own read probe. bertkern-kernel is bertkern-int8 without the call through Python, dispatch and allocation (some
+10 microseconds, which is what small shapes show most of). Shapes are M x N x K: M rows of tokens, weight [N, K].
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .results import Run
 ROWS = "1,7,16,32,128,1024"
 LAYERS = "768x768,3072x768,768x3072,833x717,1200x312,312x1200"
 EPILOGUES = "fp32,bf16,gelu+q8"
-PROVIDERS = "bertkern-int8,bertkern-linear,torch-int8,torch-bf16,torch-fp32"
+PROVIDERS = "bertkern-kernel,bertkern-int8,bertkern-linear,torch-int8,torch-bf16,torch-fp32"
 REFERENCE = "torch-fp32"
 AXIS = "M x N x K, epilogue"
 PAUSE_S = 0.005  # one thread spins for nobody

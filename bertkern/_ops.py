@@ -47,9 +47,14 @@ def _(codes, scale, zero_point, packed, out_features, activation=0, residual=Non
 
 
 @torch.library.register_fake("bertkern::qgemm_requantize")
-def _(codes, scale, zero_point, packed, out_features, activation=0) -> tuple[Tensor, Tensor]:
-    out = codes.new_empty((codes.shape[0], out_features), dtype=torch.int8)
+def _(codes, scale, zero_point, packed, out_features, activation=0, out_scale=0.0, out_zero_point=0):
+    out = codes.new_empty((codes.shape[0], out_features), dtype=torch.uint8 if out_zero_point else torch.int8)
     return out, codes.new_empty(codes.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("bertkern::qgemm_seconds")
+def _(codes, scale, packed, out_features, activation, requantize, out_dtype, calls) -> Tensor:
+    return codes.new_empty(calls, dtype=torch.float64)
 
 
 @torch.library.register_fake("bertkern::add_layernorm")

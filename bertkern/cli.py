@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 ENGINES_HELP = """\
 engines (columns of the table; one that is not installed is reported as absent):
   bertkern-int8  bertkern-fp32  torch-fp32  torch-bf16  torch-int8  torchao-int8  onnxruntime-fp32
-  onnxruntime-int8  ctranslate2-int8  openvino-bf16  openvino-int8; for gemm: bertkern-int8
-  bertkern-linear  torch-int8  torch-bf16  torch-fp32. NAME@avx2 caps an engine's instruction set.
+  onnxruntime-int8  ctranslate2-int8  openvino-bf16  openvino-int8; for gemm: bertkern-kernel
+  bertkern-int8  bertkern-linear  torch-int8  torch-bf16  torch-fp32. NAME@avx2 caps an engine's instruction set.
 """
 
 

@@ -21,7 +21,12 @@ STABLE_TORCH_LIBRARY(bertkern, m) {
       "Tensor? residual=None, ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "qgemm_requantize(Tensor codes, Tensor scale, int zero_point, Tensor packed, SymInt out_features, "
-      "int activation=0) -> (Tensor, Tensor)");
+      "int activation=0, float out_scale=0., int out_zero_point=0) -> (Tensor, Tensor)");
+  // For benchmarks: the seconds of each of `calls` products into one output, without dispatch and allocation, with one
+  // of the weights after the other.
+  m.def(
+      "qgemm_seconds(Tensor codes, Tensor scale, Tensor[] packed, SymInt out_features, int activation, bool requantize, "
+      "ScalarType out_dtype, int calls) -> Tensor");
   m.def("add_layernorm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
       "embed(Tensor[] ids, Tensor[] tables, Tensor[] scales, Tensor weight, Tensor bias, float eps, "
@@ -43,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(bertkern, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&bertkern::ops::quantize_rows));
   m.impl("qgemm", TORCH_BOX(&bertkern::ops::qgemm));
   m.impl("qgemm_requantize", TORCH_BOX(&bertkern::ops::qgemm_requantize));
+  m.impl("qgemm_seconds", TORCH_BOX(&bertkern::ops::qgemm_seconds));
   m.impl("add_layernorm", TORCH_BOX(&bertkern::ops::add_layernorm));
   m.impl("embed", TORCH_BOX(&bertkern::ops::embed));
   m.impl("encoder", TORCH_BOX(&bertkern::ops::encoder));

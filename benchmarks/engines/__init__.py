@@ -45,6 +45,7 @@ MODELS = _table(
 
 # Providers of one linear layer: `bench gemm`.
 LINEARS = _table(
+    ("bertkern-kernel", "linear:BertkernKernel", "torch bertkern", "int8", "qgemm on int8 codes, timed inside"),
     ("bertkern-int8", "linear:Bertkern", "torch bertkern", "int8", "qgemm on int8 codes"),
     ("bertkern-linear", "linear:BertkernLinear", "torch bertkern", "int8", "linear: quantizes its fp32 input itself"),
     ("torch-int8", "linear:TorchInt8", "torch", "int8", "dynamic quantized Linear: quantizes its fp32 input itself"),

@@ -6,6 +6,8 @@ All functions raise RuntimeError with the operator's name, what was expected and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -97,10 +99,43 @@ def qgemm(
 
 
 def qgemm_requantize(
-    codes: Tensor, scale: Tensor, zero_point: int, packed: Tensor, out_features: int, activation: str | int = "none"
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: int,
+    packed: Tensor,
+    out_features: int,
+    activation: str | int = "none",
+    out_scale: float = 0.0,
+    out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """quantize_rows(qgemm(...)) in one pass over rows that stay in the cache: int8 codes [M, N], scale fp32 [M]."""
-    return _op.qgemm_requantize(codes, scale, zero_point, packed, out_features, _activation(activation))
+    """The product of `qgemm`, quantized for the next layer: codes [M, N] and fp32 scales [M].
+
+    Without `out_scale` each row gets its own scale, as `quantize_rows(qgemm(...))` would give it, in a pass over rows
+    that are still in the cache. With it the codes leave the matrix product itself: int8, or uint8 around
+    `out_zero_point` where that is not 0. A row that is not finite has a NaN for its scale.
+    """
+    return _op.qgemm_requantize(
+        codes, scale, zero_point, packed, out_features, _activation(activation), out_scale, out_zero_point
+    )
+
+
+def qgemm_seconds(
+    codes: Tensor,
+    scale: Tensor,
+    packed: Sequence[Tensor],
+    out_features: int,
+    activation: str | int = "none",
+    requantize: bool = False,
+    out_dtype: torch.dtype = torch.float32,
+    calls: int = 1,
+) -> list[float]:
+    """For benchmarks: the seconds of `calls` products (`qgemm`, or `qgemm_requantize`) into one output.
+
+    The calls take one of the `packed` weights after the other. Packing the operand and writing the result count; the call through Python, dispatch and allocation do not.
+    """
+    return _op.qgemm_seconds(
+        codes, scale, list(packed), out_features, _activation(activation), requantize, out_dtype, calls
+    ).tolist()
 
 
 def add_layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:

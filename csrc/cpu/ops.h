@@ -24,7 +24,10 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, double scale, int64_t 
 Tensor qgemm(const Tensor& codes, const Tensor& scale, int64_t zero_point, const Tensor& packed, int64_t out_features,
              int64_t activation, std::optional<Tensor> residual, std::optional<ScalarType> out_dtype);
 std::tuple<Tensor, Tensor> qgemm_requantize(const Tensor& codes, const Tensor& scale, int64_t zero_point,
-                                            const Tensor& packed, int64_t out_features, int64_t activation);
+                                            const Tensor& packed, int64_t out_features, int64_t activation,
+                                            double out_scale, int64_t out_zero_point);
+Tensor qgemm_seconds(const Tensor& codes, const Tensor& scale, std::vector<Tensor> packed, int64_t out_features,
+                     int64_t activation, bool requantize, ScalarType out_dtype, int64_t calls);
 Tensor add_layernorm(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, const Tensor& bias,
                      double eps);
 Tensor embed(std::vector<Tensor> ids, std::vector<Tensor> tables, std::vector<Tensor> scales, const Tensor& weight,

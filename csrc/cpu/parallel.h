@@ -1,5 +1,6 @@
-// Tasks over torch's threads: independent, taken one by one from a counter, so uneven tasks balance. No task waits for
-// another (they need not run at once), and none may throw.
+// Tasks over torch's threads: independent; no task waits for another (they need not run at once), and none may throw.
+// Each thread takes a range of consecutive tasks in order, and when it is through helps the others: what tasks of one
+// number touch stays in one thread's cache from call to call, and uneven tasks balance.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,9 @@ namespace bertkern::cpu {
 int thread_count();
 
 void parallel_tasks(int64_t tasks, void (*run)(void* context, int64_t task), void* context);
+
+// Where, in a later call with `other_tasks`, the thread will begin in whose range `task` of `tasks` lies.
+int64_t first_task_of_same_worker(int64_t task, int64_t tasks, int64_t other_tasks);
 
 template <class F>
 void parallel(int64_t tasks, F&& f) {

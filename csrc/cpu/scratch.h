@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "cpu/pages.h"
+
 namespace bertkern::cpu {
 
 class Scratch {
@@ -13,12 +15,15 @@ class Scratch {
   // `bytes` aligned to 64; the content of an earlier get() is gone.
   template <class T>
   T* get(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 4095) / 4096 * 4096 + 4096;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 4096;
     if (bytes > size_) {
+      const size_t page = bytes >= kHugePage ? kHugePage : 4096;
+      const size_t rounded = (bytes + page - 1) / page * page;
       std::free(data_);
-      data_ = std::aligned_alloc(4096, bytes);
-      size_ = data_ ? bytes : 0;
+      data_ = std::aligned_alloc(page, rounded);
+      size_ = data_ ? rounded : 0;
       if (!data_) throw std::bad_alloc();
+      advise_huge(data_, rounded);
     }
     return static_cast<T*>(data_);
   }

@@ -67,6 +67,12 @@ BK_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
 BK_INLINE vi as_int(vf a) { return _mm512_castps_si512(a); }
 BK_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
 BK_INLINE vi vandi(vi a, vi b) { return _mm512_and_si512(a, b); }
+BK_INLINE vi vaddi(vi a, vi b) { return _mm512_add_epi32(a, b); }
+BK_INLINE vi vshift_left(vi a, int bits) { return _mm512_slli_epi32(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vshift_left16(vi a, int bits) { return _mm512_slli_epi16(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vshift_right16(vi a, int bits) { return _mm512_srai_epi16(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vshift_right16_zeros(vi a, int bits) { return _mm512_srli_epi16(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vmadd16(vi a, vi b) { return _mm512_madd_epi16(a, b); }  // sums of neighbouring 16-bit products
 BK_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 BK_INLINE vi round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
 BK_INLINE vf vround(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -85,6 +91,7 @@ BK_INLINE vf vload_bf16_n(const uint16_t* p, int64_t n) {
 BK_INLINE vf vload_f16_n(const uint16_t* p, int64_t n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
+#if !defined(__AVX512BF16__)
 BK_INLINE __m512i bf16_bits(vf x) {  // in the low half of each lane
   const __m512i bits = as_int(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), vseti(1));
@@ -92,13 +99,21 @@ BK_INLINE __m512i bf16_bits(vf x) {  // in the low half of each lane
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), vseti(0x40));
   return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), up, quiet);
 }
+#endif
 BK_INLINE void vstore_bf16_n(uint16_t* p, vf x, int64_t n) {
-  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtepi32_epi16(bf16_bits(x)));
+#if defined(__AVX512BF16__)  // the same but for denormals, which the instruction takes for zeros
+  const __m256i h = (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m256i h = _mm512_cvtepi32_epi16(bf16_bits(x));
+#endif
+  if (n == 16) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), h);
 }
 BK_INLINE void vstore_f16_n(uint16_t* p, vf x, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 BK_INLINE void vstore_u8_n(uint8_t* p, vi x, int64_t n) {  // lanes already in [0, 255]
+  if (n == 16) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
   _mm_mask_storeu_epi8(p, first_lanes(n), _mm512_cvtepi32_epi8(x));
 }
 BK_INLINE vf vload_s8_n(const int8_t* p, int64_t n) {
@@ -168,6 +183,12 @@ BK_INLINE vf vabs(vf a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set
 BK_INLINE vi as_int(vf a) { return _mm256_castps_si256(a); }
 BK_INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a); }
 BK_INLINE vi vandi(vi a, vi b) { return _mm256_and_si256(a, b); }
+BK_INLINE vi vaddi(vi a, vi b) { return _mm256_add_epi32(a, b); }
+BK_INLINE vi vshift_left(vi a, int bits) { return _mm256_slli_epi32(a, bits); }
+BK_INLINE vi vshift_left16(vi a, int bits) { return _mm256_slli_epi16(a, bits); }
+BK_INLINE vi vshift_right16(vi a, int bits) { return _mm256_srai_epi16(a, bits); }
+BK_INLINE vi vshift_right16_zeros(vi a, int bits) { return _mm256_srli_epi16(a, bits); }
+BK_INLINE vi vmadd16(vi a, vi b) { return _mm256_madd_epi16(a, b); }
 BK_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 BK_INLINE vi round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
 BK_INLINE vf vround(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -300,6 +321,7 @@ BK_INLINE vi vmaxi(vi a, vi b) {
 }
 BK_INLINE vf vabs(vf a) { return as_float(as_int(a) & 0x7fffffff); }
 BK_INLINE vi vandi(vi a, vi b) { return a & b; }
+BK_INLINE vi vshift_left(vi a, int bits) { return a << bits; }
 BK_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 // Adding and taking away 1.5 * 2^23 rounds to nearest even for |a| < 2^22; larger values are integral already.
 BK_INLINE vf vround(vf a) {

@@ -57,6 +57,57 @@ def test_dynamic_linear_is_quantize_then_qgemm(k, n):
         assert torch.equal(again, twice[0]) and torch.equal(step, twice[1])
 
 
+@pytest.mark.parametrize("k,n", SHAPES)
+@pytest.mark.parametrize("step,zero", ((0.02, 0), (0.03, 7), (0.05, 200)))
+def test_requantized_with_a_static_scale(k, n, step, zero):
+    weight, bias = layer(k, n)
+    w = quantize_weight(weight)
+    packed = ops.pack_qlinear(w.codes, w.scale, bias)
+    for m in ROWS:
+        codes, scale = ops.quantize_rows(rows(m, k))
+        for name in ("none", "gelu", "relu"):
+            y = ops.qgemm(codes, scale, 0, packed, n, name)
+            low, high = (0, 255) if zero else (-127, 127)
+            expected = ((y / step).round() + zero).clamp(low, high)
+            got, got_scale = ops.qgemm_requantize(codes, scale, 0, packed, n, name, step, zero)
+            assert got.dtype == (torch.uint8 if zero else torch.int8)
+            assert torch.equal(got_scale, torch.full((m,), step))
+            # y / step and y * (1 / step) may differ by an ulp, which shows where a code changes.
+            different = got.float() != expected
+            assert different.float().mean() < 2e-3 and (got.float() - expected).abs().max() <= 1
+
+
+def test_a_static_scale_tells_a_row_that_is_not_finite():
+    weight, bias = layer(64, 40)
+    w = quantize_weight(weight)
+    x = rows(3, 64)
+    x[1, 5] = math.nan
+    codes, scale = ops.quantize_rows(x)
+    packed = ops.pack_qlinear(w.codes, w.scale, bias)
+    _, got = ops.qgemm_requantize(codes, scale, 0, packed, 40, "none", 0.1)
+    assert got.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("scale,zero", ((-1.0, 0), (math.inf, 0), (0.0, 3), (0.1, 256), (0.1, -1)))
+def test_static_output_scale_out_of_range(scale, zero):
+    w = quantize_weight(layer(8, 8)[0])
+    packed = ops.pack_qlinear(w.codes, w.scale, None)
+    codes, steps = ops.quantize_rows(rows(2, 8))
+    with pytest.raises(RuntimeError, match="qgemm_requantize: expected out_"):
+        ops.qgemm_requantize(codes, steps, 0, packed, 8, "none", scale, zero)
+
+
+def test_kernel_times_are_of_the_product():
+    w = quantize_weight(layer(96, 64)[0])
+    packed = [ops.pack_qlinear(w.codes, w.scale, None) for _ in range(2)]
+    codes, steps = ops.quantize_rows(rows(20, 96))
+    for requantize in (False, True):
+        times = ops.qgemm_seconds(codes, steps, packed, 64, "gelu", requantize, calls=7)
+        assert len(times) == 7 and all(0 < t < 1 for t in times)
+    with pytest.raises(RuntimeError, match="expected calls > 0"):
+        ops.qgemm_seconds(codes, steps, packed, 64, calls=0)
+
+
 def test_per_tensor_static_unsigned_and_requantized_output():
     k, n, m = 77, 45, 9
     weight, bias = layer(k, n)

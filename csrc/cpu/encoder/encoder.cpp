@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -12,7 +13,6 @@ namespace {
 
 constexpr int64_t kBlockRows = 70;       // five tiles of 14; a block's feed-forward output stays in L2
 constexpr int64_t kRowSplitTokens = 64;  // per thread; fewer: split columns
-constexpr int64_t kColumnTasks = 4;      // per thread
 
 thread_local Scratch call_memory, operand_memory, block_memory, attention_memory;
 
@@ -156,51 +156,116 @@ struct Encoder {
   }
 
   // ------------------------------------------------------------------------------------------- columns
-  struct Product {
-    const Linear* linear;
+  // Products that share an operand. A task is a panel; a thread's panels lie one after another.
+  struct Stage {
+    const Linear* linear[3];
+    int count;
     Rows rows;
-    Output output;
+    Output output[3];
+    int64_t panels() const {
+      int64_t sum = 0;
+      for (int i = 0; i < count; ++i) sum += linear[i]->panels;
+      return sum;
+    }
+    // The linear of panel p, whose number among its own comes back in p.
+    int at(int64_t& p) const {
+      int i = 0;
+      while (i + 1 < count && p >= linear[i]->panels) p -= linear[i++]->panels;
+      return i;
+    }
+    const uint32_t* weights(int64_t p) const {
+      const int i = at(p);
+      return linear[i]->weights + p * linear[i]->kd * kPanel;
+    }
   };
 
-  void products(const Product* list, int count) {
-    int64_t panels = 0;
-    for (int i = 0; i < count; ++i) panels += list[i].linear->panels;
-    const int64_t tasks = std::min(panels, kColumnTasks * threads);
+  // `next`: the stage to come, whose first panels are fetched during the last ones of this.
+  void products(const Stage& stage, const Stage* next) {
+    const int64_t tasks = stage.panels(), next_tasks = next ? next->panels() : 0;
     parallel(tasks, [&](int64_t task) {
-      int64_t p0 = panels * task / tasks, p1 = panels * (task + 1) / tasks;
-      for (int i = 0; i < count && p1 > 0; ++i) {
-        const int64_t own = list[i].linear->panels;
-        if (p0 < own)
-          gemm(*list[i].linear, list[i].rows, 0, list[i].rows.groups, p0, std::min(p1, own), list[i].output);
-        p0 = std::max<int64_t>(0, p0 - own), p1 -= own;
-      }
+      int64_t p = task;
+      const int i = stage.at(p);
+      Output out = stage.output[i];
+      const int64_t first = next ? first_task_of_same_worker(task, tasks, next_tasks) : 0;
+      const bool last = task + 1 == tasks || first_task_of_same_worker(task + 1, tasks, tasks) == task + 1;
+      if (!last)
+        out.after = stage.weights(task + 1);
+      else if (first < next_tasks)
+        out.after = next->weights(first);
+      gemm(*stage.linear[i], stage.rows, 0, stage.rows.groups, p, p + 1, out);
     });
+  }
+
+  // Rows of the stage's operand from `x`, normed on the way where `gamma_beta` is given (x = LayerNorm(x)).
+  void pack_rows(const Stage& stage, float* x, int64_t pitch, const float* gamma_beta) {
+    const Rows& rows = stage.rows;
+    parallel(rows.groups, [&](int64_t g) {
+      if (gamma_beta)
+        norm_rows(x + rows.begin(g) * pitch, rows.begin(g + 1) - rows.begin(g), gamma_beta, x + rows.begin(g) * pitch);
+      pack_group(*stage.linear[0], rows, g, x, pitch);
+    });
+  }
+
+  // The operand's memory, one for each stage of a layer: the next layer's first stage is packed beside the last.
+  Stage make_stage(std::initializer_list<const Linear*> linears, uint32_t* memory) const {
+    Stage stage{};
+    for (const Linear* linear : linears) stage.linear[stage.count++] = linear;
+    const Linear& first = *stage.linear[0];
+    const int64_t dwords = align16(rows_dwords(first, call.tokens, threads));
+    float* scale = first.kind == WeightKind::s8 ? reinterpret_cast<float*>(memory + dwords) : nullptr;
+    stage.rows = make_rows(first, call.tokens, memory, scale, threads);
+    return stage;
   }
 
   void columns_split() {
     const int64_t n = call.tokens, h = call.hidden;
+    int64_t operand = 0;
+    for (int64_t l = 0; l < call.layer_count; ++l)
+      for (const Linear* linear : {&layer(l).q, &layer(l).k, &layer(l).v, &layer(l).o, &layer(l).ffn1, &layer(l).ffn2})
+        operand = std::max(operand, align16(rows_dwords(*linear, n, threads)) + align16(n));
+    uint32_t* memory = operand_memory.get<uint32_t>(2 * operand);
+
+    const auto qkv_stages = [&](int64_t l, Stage(&stages)[3]) {
+      const EncoderLayer& e = layer(l);
+      const bool shared = same_operand(e.q, e.k) && same_operand(e.q, e.v);
+      if (shared) stages[0] = make_stage({&e.q, &e.k, &e.v}, memory);
+      const Linear* parts[] = {&e.q, &e.k, &e.v};
+      for (int i = 0; i < 3; ++i) {
+        if (!shared) stages[i] = make_stage({parts[i]}, memory);
+        Output& out = shared ? stages[0].output[i] : stages[i].output[0];
+        out.out = qkv + i * wide, out.out_pitch = qkv_pitch();
+      }
+      return shared ? 1 : 3;
+    };
+    Stage heads[3];
+    int count = qkv_stages(0, heads);
+    pack_rows(heads[0], call.x, h, nullptr);
     for (int64_t l = 0; l < call.layer_count; ++l) {
       const EncoderLayer& e = layer(l);
-      if (same_operand(e.q, e.k) && same_operand(e.q, e.v)) {
-        const Rows packed = pack_block(e.q, call.x, h, n);
-        Product list[3] = {{&e.q, packed, {}}, {&e.k, packed, {}}, {&e.v, packed, {}}};
-        for (int i = 0; i < 3; ++i) list[i].output.out = qkv + i * wide, list[i].output.out_pitch = qkv_pitch();
-        products(list, 3);
-      } else {
-        block_qkv(l, 0, n);
+      Stage o = make_stage({&e.o}, memory), up = make_stage({&e.ffn1}, memory);
+      Stage down = make_stage({&e.ffn2}, memory + operand);
+      o.output[0].out = y, o.output[0].out_pitch = h, o.output[0].residual = call.x, o.output[0].residual_pitch = h;
+      up.output[0].out = inner, up.output[0].out_pitch = e.ffn1.n, up.output[0].activation = call.activation;
+      down.output[0].out = call.x, down.output[0].out_pitch = h;
+      down.output[0].residual = y, down.output[0].residual_pitch = h;
+
+      for (int i = 0; i < count; ++i) {
+        if (i) pack_rows(heads[i], call.x, h, nullptr);
+        products(heads[i], i + 1 < count ? &heads[i + 1] : &o);
       }
       attention(l);
-      Product o{&e.o, pack_block(e.o, context, wide, n), {}};
-      o.output.out = y, o.output.out_pitch = h, o.output.residual = call.x, o.output.residual_pitch = h;
-      products(&o, 1);
-      norm_rows(y, n, e.norms, y);
-      Product up{&e.ffn1, pack_block(e.ffn1, y, h, n), {}};
-      up.output.out = inner, up.output.out_pitch = e.ffn1.n, up.output.activation = call.activation;
-      products(&up, 1);
-      Product down{&e.ffn2, pack_block(e.ffn2, inner, e.ffn1.n, n), {}};
-      down.output.out = call.x, down.output.out_pitch = h, down.output.residual = y, down.output.residual_pitch = h;
-      products(&down, 1);
-      norm_rows(call.x, n, e.norms + 2 * h, call.x);
+      pack_rows(o, context, wide, nullptr);
+      products(o, &up);
+      pack_rows(up, y, h, e.norms);
+      products(up, &down);
+      pack_rows(down, inner, e.ffn1.n, nullptr);
+      const bool more = l + 1 < call.layer_count;
+      if (more) count = qkv_stages(l + 1, heads);
+      products(down, more ? &heads[0] : nullptr);
+      if (more)
+        pack_rows(heads[0], call.x, h, e.norms + 2 * h);
+      else
+        norm_rows(call.x, n, e.norms + 2 * h, call.x);
       call.layer_done(call.context, l, call.x);
     }
   }

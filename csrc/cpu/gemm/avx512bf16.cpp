@@ -5,25 +5,15 @@
 namespace bertkern::cpu {
 namespace {
 
-struct Dot_bf16 {
-  using Acc = __m512;
-  using Vec = __m512i;
-  using Act = __m512i;
-  static constexpr int kLanes = 16, kVectors = 2;
-  static __attribute__((always_inline)) Acc init(const void* p, int64_t j) {
-    return p ? _mm512_loadu_ps(static_cast<const float*>(p) + j) : _mm512_setzero_ps();
-  }
-  static __attribute__((always_inline)) Vec load(const uint32_t* b) { return _mm512_loadu_si512(b); }
-  static __attribute__((always_inline)) Act broadcast(const uint32_t* a) {
-    return _mm512_set1_epi32(static_cast<int>(*a));
-  }
-  static __attribute__((always_inline)) void step(Acc& acc, Act x, Vec w) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
-  }
-  static __attribute__((always_inline)) void store(void* c, Acc acc) { _mm512_storeu_ps(c, acc); }
+struct Dot_dpbf16 : Dot_f32 {
+  using Vec = vi;
+  using Act = vi;
+  BK_INLINE Vec load(const uint32_t* b) { return vloadi(reinterpret_cast<const int32_t*>(b)); }
+  BK_INLINE Act broadcast(const uint32_t* a) { return vseti(static_cast<int32_t>(*a)); }
+  BK_INLINE void step(Acc& acc, Act x, Vec w) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w)); }
 };
 
 }  // namespace
 }  // namespace bertkern::cpu
 
-BERTKERN_DEFINE_TILES(bf16, avx512bf16, 14)
+BERTKERN_DEFINE_TILES(dpbf16, bf16, avx512bf16, 14)

@@ -10,7 +10,7 @@
 //   W packed: panels of kPanel = 32 output features; a panel is [KD][32] dwords, KD = ceil(K / values per dword).
 //             K and N tails are zeros.
 //   X packed: tiles of up to max_mr rows; a tile of mr rows is [KD][mr] dwords.
-//   A tile kernel computes C[mr][32] = init[32] + sum over KD, C contiguous (int32 for s8, else fp32).
+//   A tile kernel computes the sums of mr rows and 32 features and, for s8, makes floats of them: TileOutput.
 //
 // Activations are unsigned codes u with a zero point z, weights signed: sum (u - z) w = sum u w - z sum w. The second
 // term does not depend on the activations: it is the `init` of the accumulators.
@@ -30,7 +30,23 @@ constexpr int kMaxRows = 14;
 
 enum class WeightKind : int32_t { f32 = 0, bf16 = 1, s8 = 2 };
 
-using TileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, void* c, const void* init);
+// y[m, n] = c[m, n]                                                   c = init[n] + sum over KD, fp32 kinds
+// y[m, n] = float(c[m, n]) * (row_scale[m] * weight_scale[n]) + bias[n]   s8
+// y += residual[m, n]                                                 where there is one
+struct TileOutput {
+  const void* init;  // [32] int32 for s8, else fp32; null: zeros
+  const float* weight_scale;
+  const float* bias;
+  const float* row_scale;
+  const float* residual;
+  int64_t residual_pitch;
+  float* out;  // 32 columns of every row are written
+  int64_t pitch;
+  const char* ahead;  // fetched into the L2 cache meanwhile, `ahead_step` <= 64 bytes a step of KD
+  int64_t ahead_step;
+};
+
+using TileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const TileOutput& output);
 
 struct TileKernels {
   int max_mr;

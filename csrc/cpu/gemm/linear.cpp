@@ -102,10 +102,21 @@ void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias
 
 namespace {
 
+constexpr int64_t kLeastRows = 6;  // of a group that is one of several for a reason: fewer leave the dot products idle
+constexpr int64_t kSplitRows = 6;  // measured: fewer rows wait for memory in any case
+
 // Wide tiles take a group each; narrow ones share a group.
 int64_t group_rows(WeightKind kind) {
   const int max_mr = tile_kernels(kind).max_mr;
   return max_mr > 8 ? max_mr : kGroupPitch;
+}
+
+// Two groups at least: while one passes over a panel, the other fetches the next (see gemm).
+int64_t group_count(WeightKind kind, int64_t rows, int64_t multiple) {
+  int64_t groups = (rows + group_rows(kind) - 1) / group_rows(kind);
+  if (groups == 1 && rows >= kSplitRows) groups = 2;
+  const int64_t rounded = (groups + multiple - 1) / multiple * multiple;
+  return rounded * kLeastRows <= rows ? rounded : groups;
 }
 
 thread_local Scratch staging;
@@ -116,13 +127,13 @@ bool same_operand(const Linear& a, const Linear& b) {
   return a.kind == b.kind && a.k == b.k && a.input_scale == b.input_scale && a.input_zero == b.input_zero;
 }
 
-int64_t rows_dwords(const Linear& linear, int64_t rows) {
-  const int64_t groups = (rows + group_rows(linear.kind) - 1) / group_rows(linear.kind);
+int64_t rows_dwords(const Linear& linear, int64_t rows, int64_t multiple) {
+  const int64_t groups = group_count(linear.kind, rows, multiple);
   return groups * linear.kd * kGroupPitch + 64;
 }
 
-Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale) {
-  const int64_t groups = (rows + group_rows(linear.kind) - 1) / group_rows(linear.kind);
+Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale, int64_t multiple) {
+  const int64_t groups = group_count(linear.kind, rows, multiple);
   return {rows, groups, linear.kd, data, scale};
 }
 
@@ -181,30 +192,50 @@ void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_
           const int32_t* init) {
   const TileKernels& tiles = tile_kernels(linear.kind);
   const RowKernels& kernels = row_kernels();
-  if (!init) init = linear.init;
-  alignas(64) float tile[kMaxRows * kPanel];
-  const int64_t out_bytes = output.dtype == Dtype::f32 ? 4 : 2;
+  const bool integer = linear.kind == WeightKind::s8;
+  const void* start = integer ? static_cast<const void*>(init ? init : linear.init) : linear.bias;
+  const bool plain =
+      output.activation == Activation::none && linear.output_scale <= 0.0f && output.dtype == Dtype::f32;
+  alignas(64) float buffer[kMaxRows * kPanel];
   for (int64_t p = p0; p < p1; ++p) {
     const uint32_t* panel = linear.weights + p * linear.kd * kPanel;
     const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
+    const bool direct = plain && columns == kPanel;
+    TileOutput sums{};
+    sums.init = static_cast<const char*>(start) + column * 4;
+    if (integer) sums.weight_scale = linear.scale + column, sums.bias = linear.bias + column;
+    sums.out = buffer, sums.pitch = kPanel;
+    // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
+    // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
+    const uint32_t* next = p + 1 < p1 ? panel + linear.kd * kPanel : output.after;
+    const int64_t share = next && g1 - g0 > 1 ? linear.kd * kPanel * 4 / (g1 - g0) : 0;
+    sums.ahead = reinterpret_cast<const char*>(panel);
     for (int64_t g = g0; g < g1; ++g) {
       const int64_t begin = rows.begin(g), end = rows.begin(g + 1);
+      if (share) {
+        sums.ahead = reinterpret_cast<const char*>(next) + (g - g0) * share;
+        sums.ahead_step = (share + linear.kd - 1) / linear.kd;
+      }
       for (int64_t r = begin; r < end;) {
         const int64_t left = (end - r + tiles.max_mr - 1) / tiles.max_mr, mr = (end - r + left - 1) / left;
-        tiles.tile[mr](rows.group_data(g) + (r - begin), rows.pitch(), panel, linear.kd, tile,
-                       init ? init + column : nullptr);
-        Epilogue e;
-        e.weight_scale = linear.scale ? linear.scale + column : nullptr;
-        e.bias = linear.bias + column;
-        e.output_scale = linear.output_scale;
-        e.activation = output.activation;
-        e.row_scale = rows.scale ? rows.scale + r : nullptr;
-        e.residual = output.residual ? output.residual + r * output.residual_pitch + column : nullptr;
-        e.residual_pitch = output.residual_pitch;
-        e.out = static_cast<char*>(output.out) + (r * output.out_pitch + column) * out_bytes;
-        e.out_pitch = output.out_pitch;
-        e.dtype = output.dtype;
-        kernels.epilogue(tile, static_cast<int>(mr), columns, e);
+        const float* residual = output.residual ? output.residual + r * output.residual_pitch + column : nullptr;
+        if (integer) sums.row_scale = rows.scale + r;
+        if (direct) {
+          sums.residual = residual, sums.residual_pitch = output.residual_pitch;
+          sums.out = static_cast<float*>(output.out) + r * output.out_pitch + column, sums.pitch = output.out_pitch;
+        }
+        tiles.tile[mr](rows.group_data(g) + (r - begin), rows.pitch(), panel, linear.kd, sums);
+        if (!direct) {
+          Epilogue e;
+          e.output_scale = linear.output_scale;
+          e.activation = output.activation;
+          e.residual = residual, e.residual_pitch = output.residual_pitch;
+          e.out = static_cast<char*>(output.out) + (r * output.out_pitch + column) * dtype_size(output.dtype);
+          e.out_pitch = output.out_pitch;
+          e.dtype = output.dtype;
+          e.code_step = output.code_step, e.code_zero = output.code_zero;
+          kernels.epilogue(buffer, static_cast<int>(mr), columns, e);
+        }
         r += mr;
       }
     }

@@ -74,8 +74,9 @@ struct Rows {
 
 // Same operand for two layers?
 bool same_operand(const Linear& a, const Linear& b);
-int64_t rows_dwords(const Linear& linear, int64_t rows);  // scratch of `data`
-Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale);
+// `multiple`: of it is the number of groups, where there are enough rows; so many threads pack and norm groups.
+int64_t rows_dwords(const Linear& linear, int64_t rows, int64_t multiple = 1);  // scratch of `data`
+Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale, int64_t multiple = 1);
 
 // Converts (fp32 -> the kind's operand) and packs one group. x: fp32 rows, `pitch` floats apart.
 void pack_group(const Linear& linear, const Rows& rows, int64_t group, const float* x, int64_t pitch);
@@ -91,6 +92,9 @@ struct Output {
   void* out = nullptr;  // row 0
   int64_t out_pitch = 0;
   Dtype dtype = Dtype::f32;
+  float code_step = 0;  // of s8 and u8
+  int32_t code_zero = 0;
+  const uint32_t* after = nullptr;  // the panel that this thread will need next, if known
 };
 
 // Groups [g0, g1) x panels [p0, p1). init: null for the layer's own.

@@ -2,10 +2,12 @@
 #include "cpu/ops.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 
 #include "cpu/check.h"
 #include "cpu/gemm/linear.h"
+#include "cpu/gemm/weights.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -34,7 +36,7 @@ Tensor pack(const char* op, cpu::WeightKind kind, const Tensor& weight, const Te
             shape_of(b), ".");
     bias_data = as_float_rows(b, 1, header.n, hold);
   }
-  Tensor out = empty({cpu::packed_bytes(kind, header.n, header.k)}, ScalarType::Byte);
+  Tensor out = empty_weights(cpu::packed_bytes(kind, header.n, header.k));
   cpu::pack_linear(header, weight.const_data_ptr(),
                    scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, scale ? scale->numel() : 0,
                    bias_data, out.mutable_data_ptr());
@@ -252,41 +254,23 @@ Codes checked_codes(const char* op, const Linear& w, const Tensor& codes, const 
 
 thread_local cpu::Scratch requantize_memory, requantize_operand;
 
-}  // namespace
-
-Tensor qgemm(const Tensor& codes, const Tensor& scale, int64_t zero_point, const Tensor& packed, int64_t out_features,
-             int64_t activation, std::optional<Tensor> residual, std::optional<ScalarType> out_dtype) {
-  const char* op = "qgemm";
-  Tensor weights, residual_hold;
-  const Linear w = checked_linear(op, packed, out_features, weights);
-  const Codes a = checked_codes(op, w, codes, scale, zero_point);
+cpu::Output output_of(const Linear& w, int64_t activation, ScalarType dtype, Tensor& out, const char* op) {
   cpu::Output output;
   output.activation = checked_activation(op, activation);
-  const Tensor keep = residual_rows(op, residual, a.m, w.n, residual_hold, output.residual);
-  const ScalarType dtype = output_dtype(op, out_dtype, ScalarType::Float);
-  Tensor out = empty({a.m, w.n}, dtype);
   output.residual_pitch = w.n, output.out_pitch = w.n, output.dtype = kernel_dtype(dtype);
   output.out = out.mutable_data_ptr();
+  return output;
+}
+
+void multiply_codes(const Linear& w, const Codes& a, const cpu::Output& output) {
   const uint8_t* data = static_cast<const uint8_t*>(a.codes.const_data_ptr());
   multiply(w, a.m, output, a.init.empty() ? nullptr : a.init.data(), a.row_scale.data(),
            [&](const Rows& r, int64_t g) { cpu::pack_code_group(r, g, data, w.k, a.xor_mask); });
-  return out;
 }
 
-std::tuple<Tensor, Tensor> qgemm_requantize(const Tensor& codes, const Tensor& scale, int64_t zero_point,
-                                            const Tensor& packed, int64_t out_features, int64_t activation) {
-  const char* op = "qgemm_requantize";
-  Tensor weights;
-  const Linear w = checked_linear(op, packed, out_features, weights);
-  const Codes a = checked_codes(op, w, codes, scale, zero_point);
-  const cpu::Activation act = checked_activation(op, activation);
-  Tensor out = empty({a.m, w.n}, ScalarType::Char);
-  Tensor out_scale = empty({a.m}, ScalarType::Float);
-  if (a.m == 0 || w.n == 0) return {out, out_scale};
+// A row's range is known only when the row is complete: a task takes whole rows, few enough to stay in L2.
+void multiply_requantize(const Linear& w, const Codes& a, cpu::Activation activation, uint8_t* target, float* steps) {
   const uint8_t* data = static_cast<const uint8_t*>(a.codes.const_data_ptr());
-  uint8_t* target = static_cast<uint8_t*>(out.mutable_data_ptr());
-  float* steps = static_cast<float*>(out_scale.mutable_data_ptr());
-  // A row's range is known only when the row is complete: a task takes whole rows, few enough to stay in L2.
   const int64_t block_rows = 48, threads = cpu::thread_count();
   int64_t blocks = (a.m + block_rows - 1) / block_rows;
   blocks = std::min(a.m, (blocks + threads - 1) / threads * threads);
@@ -300,7 +284,7 @@ std::tuple<Tensor, Tensor> qgemm_requantize(const Tensor& codes, const Tensor& s
     for (int64_t g = 0; g < rows.groups; ++g) cpu::pack_code_group(rows, g, data + r0 * w.k, w.k, a.xor_mask);
     float* wide = requantize_memory.get<float>(count * w.n);
     cpu::Output output;
-    output.activation = act, output.out = wide, output.out_pitch = w.n;
+    output.activation = activation, output.out = wide, output.out_pitch = w.n;
     cpu::gemm(w, rows, 0, rows.groups, 0, w.panels, output, a.init.empty() ? nullptr : a.init.data());
     for (int64_t r = 0; r < count; ++r) {
       uint8_t* row = target + (r0 + r) * w.n;
@@ -308,7 +292,77 @@ std::tuple<Tensor, Tensor> qgemm_requantize(const Tensor& codes, const Tensor& s
       cpu::flip_codes(row, w.n, 0x80, row);
     }
   });
-  return {out, out_scale};
+}
+
+}  // namespace
+
+Tensor qgemm(const Tensor& codes, const Tensor& scale, int64_t zero_point, const Tensor& packed, int64_t out_features,
+             int64_t activation, std::optional<Tensor> residual, std::optional<ScalarType> out_dtype) {
+  const char* op = "qgemm";
+  Tensor weights, residual_hold;
+  const Linear w = checked_linear(op, packed, out_features, weights);
+  const Codes a = checked_codes(op, w, codes, scale, zero_point);
+  const ScalarType dtype = output_dtype(op, out_dtype, ScalarType::Float);
+  Tensor out = empty({a.m, w.n}, dtype);
+  cpu::Output output = output_of(w, activation, dtype, out, op);
+  const Tensor keep = residual_rows(op, residual, a.m, w.n, residual_hold, output.residual);
+  multiply_codes(w, a, output);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> qgemm_requantize(const Tensor& codes, const Tensor& scale, int64_t zero_point,
+                                            const Tensor& packed, int64_t out_features, int64_t activation,
+                                            double out_scale, int64_t out_zero_point) {
+  const char* op = "qgemm_requantize";
+  Tensor weights;
+  const Linear w = checked_linear(op, packed, out_features, weights);
+  const Codes a = checked_codes(op, w, codes, scale, zero_point);
+  require(std::isfinite(out_scale) && out_scale >= 0.0, op, ": expected out_scale >= 0 (0: a scale per row). Got ",
+          out_scale, ".");
+  require(out_zero_point >= 0 && out_zero_point <= 255 && (out_zero_point == 0 || out_scale > 0.0), op,
+          ": expected out_zero_point 0 (signed codes), or in [1, 255] beside an out_scale. Got ", out_zero_point, ".");
+  const ScalarType dtype = out_zero_point ? ScalarType::Byte : ScalarType::Char;
+  Tensor out = empty({a.m, w.n}, dtype);
+  Tensor out_scales = empty({a.m}, ScalarType::Float);
+  cpu::Output output = output_of(w, activation, dtype, out, op);
+  float* steps = static_cast<float*>(out_scales.mutable_data_ptr());
+  if (out_scale > 0.0) {
+    output.code_step = static_cast<float>(out_scale), output.code_zero = static_cast<int32_t>(out_zero_point);
+    multiply_codes(w, a, output);
+    // A code cannot say NaN: the row's scale does.
+    for (int64_t r = 0; r < a.m; ++r)
+      steps[r] = std::isfinite(a.row_scale[static_cast<size_t>(r)]) ? output.code_step : std::nanf("");
+  } else if (a.m > 0 && w.n > 0) {
+    multiply_requantize(w, a, output.activation, static_cast<uint8_t*>(output.out), steps);
+  }
+  return {out, out_scales};
+}
+
+Tensor qgemm_seconds(const Tensor& codes, const Tensor& scale, std::vector<Tensor> packed, int64_t out_features,
+                     int64_t activation, bool requantize, ScalarType out_dtype, int64_t calls) {
+  const char* op = "qgemm_seconds";
+  require(calls > 0 && !packed.empty(), op, ": expected calls > 0 and packed weights. Got ", calls, " and ",
+          packed.size(), ".");
+  std::vector<Linear> linears;
+  for (Tensor& p : packed) linears.push_back(checked_linear(op, p, out_features, p));
+  const Codes a = checked_codes(op, linears[0], codes, scale, 0);
+  for (const Linear& w : linears)
+    require(cpu::same_operand(w, linears[0]), op, ": expected packed weights of one kind, K and zero point.");
+  Tensor out = empty({a.m, out_features}, requantize ? ScalarType::Char : output_dtype(op, out_dtype, ScalarType::Float));
+  Tensor steps = empty({a.m}, ScalarType::Float), seconds = empty({calls}, ScalarType::Double);
+  const cpu::Output output = output_of(linears[0], activation, out.scalar_type(), out, op);
+  for (int64_t i = 0; i < calls; ++i) {
+    const Linear& w = linears[static_cast<size_t>(i) % linears.size()];
+    const auto start = std::chrono::steady_clock::now();
+    if (requantize)
+      multiply_requantize(w, a, output.activation, static_cast<uint8_t*>(output.out),
+                          static_cast<float*>(steps.mutable_data_ptr()));
+    else
+      multiply_codes(w, a, output);
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
+    static_cast<double*>(seconds.mutable_data_ptr())[i] = passed.count();
+  }
+  return seconds;
 }
 
 }  // namespace bertkern::ops

@@ -151,7 +151,7 @@ float quantize_row(const float* x, int64_t n, float step, int32_t zero_point, ui
   const vf zero = vset(static_cast<float>(zero_point));
   for (i = 0; i < n; i += kWidth) {
     const int64_t m = lanes_left(n, i);
-    const vf q = vmin(vmax(vround(vmul(vload_n(x + i, m), inverse)), low), high);
+    const vf q = vmin(vmax(vround(vmul(load_lanes(x, Dtype::f32, i, m), inverse)), low), high);
     vstore_u8_n(out + i, round_to_int(vadd(q, zero)), m);
   }
   return scale;
@@ -187,37 +187,48 @@ void layer_norm_row(const float* x, int64_t n, const float* gamma, const float* 
   const vf scale = vset(1.0f / root[0]);
   for (i = 0; i < n; i += kWidth) {
     const int64_t m = lanes_left(n, i);
-    const vf y = vmul(vsub(vload_n(x + i, m), vset(mean)), scale);
-    vstore_n(out + i, vfma(y, vload_n(gamma + i, m), vload_n(beta + i, m)), m);
+    const vf y = vmul(vsub(load_lanes(x, Dtype::f32, i, m), vset(mean)), scale);
+    const vf norm = vfma(y, load_lanes(gamma, Dtype::f32, i, m), load_lanes(beta, Dtype::f32, i, m));
+    store_lanes(out, Dtype::f32, i, norm, m);
   }
 }
 
+// Codes as the integers that quantize_row would store: signed ones around 0.
+BK_INLINE void store_codes(uint8_t* out, vf y, const Epilogue& e, int64_t n) {
+  const bool is_signed = e.dtype == Dtype::s8;
+  const vf zero = vset(static_cast<float>(e.code_zero));
+  const vf low = vset(is_signed ? -127.0f : 0.0f), high = vset(is_signed ? 127.0f : 255.0f);
+  const vf q = vadd(vround(vmul(y, vset(1.0f / e.code_step))), zero);
+  vstore_u8_n(out, vandi(round_to_int(vmin(vmax(q, low), high)), vseti(255)), n);  // NaN: the lowest code
+}
+
 template <class Act>
-BK_INLINE void epilogue_with(void* tile, int mr, int64_t columns, const Epilogue& e) {
+BK_INLINE void epilogue_with(const float* tile, int mr, int64_t columns, const Epilogue& e) {
   const Act act;
   const vf output_step = vset(e.output_scale);
   const vf output_inverse = vset(e.output_scale > 0.0f ? 1.0f / e.output_scale : 0.0f);
+  const int64_t bytes = dtype_size(e.dtype);
   for (int r = 0; r < mr; ++r) {
-    const float* c = static_cast<const float*>(tile) + r * kPanel;
-    const vf row_scale = vset(e.weight_scale ? e.row_scale[r] : 1.0f);
-    char* out = static_cast<char*>(e.out) + r * e.out_pitch * (e.dtype == Dtype::f32 ? 4 : 2);
+    const float* c = tile + r * kPanel;
+    char* out = static_cast<char*>(e.out) + r * e.out_pitch * bytes;
     for (int64_t j = 0; j < columns; j += kWidth) {
       const int64_t m = lanes_left(columns, j);
       vf y = vload(c + j);
-      if (e.weight_scale) y = vmul(to_float(as_int(y)), vmul(row_scale, vload(e.weight_scale + j)));
-      y = vadd(y, vload(e.bias + j));
       if (e.output_scale > 0.0f) {
         const vf q = vround(vmul(y, output_inverse));
         y = vmul(vmin(vset(127.0f), vmax(vset(-127.0f), q)), output_step);  // the second operand survives a NaN
       }
       y = act(y);
-      if (e.residual) y = vadd(y, vload_n(e.residual + r * e.residual_pitch + j, m));
-      store_lanes(out, e.dtype, j, y, m);
+      if (e.residual) y = vadd(y, load_lanes(e.residual + r * e.residual_pitch, Dtype::f32, j, m));
+      if (bytes == 1)
+        store_codes(reinterpret_cast<uint8_t*>(out) + j, y, e, m);
+      else
+        store_lanes(out, e.dtype, j, y, m);
     }
   }
 }
 
-void epilogue(void* tile, int mr, int64_t columns, const Epilogue& e) {
+void epilogue(const float* tile, int mr, int64_t columns, const Epilogue& e) {
   switch (e.activation) {
     case Activation::gelu:
       return epilogue_with<Gelu>(tile, mr, columns, e);
@@ -239,7 +250,9 @@ void run_tiles(const TileKernels& tiles, int64_t rows, const uint32_t* a, int64_
   for (int64_t r = 0; r < rows;) {
     const int64_t count = (rows - r + tiles.max_mr - 1) / tiles.max_mr;
     const int64_t mr = (rows - r + count - 1) / count;
-    tiles.tile[mr](a + r, lda, reinterpret_cast<const uint32_t*>(b), kd, c + r * kPanel, nullptr);
+    TileOutput output{};
+    output.out = c + r * kPanel, output.pitch = kPanel;
+    tiles.tile[mr](a + r, lda, reinterpret_cast<const uint32_t*>(b), kd, output);
     r += mr;
   }
 }

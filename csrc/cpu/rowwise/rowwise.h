@@ -9,7 +9,7 @@
 //                     A row with a NaN or Inf returns NaN, which the epilogue spreads over that row alone.
 //   layer_norm_row  out = (x - mean) / sqrt(var + eps) * gamma + beta
 //   add_scaled_row  acc += scale * x, x fp32, bf16, fp16 or int8
-//   epilogue        a tile C[mr][32] of a GEMM to rows of Y, see Epilogue
+//   epilogue        what is left to do to a tile of a GEMM, see Epilogue
 //   transpose       dst[j][i] = src[i][j] of dwords
 //   attention       softmax(Q K^T * scale + bias) V for one head of one sequence, see AttentionHead
 #pragma once
@@ -22,23 +22,25 @@ namespace bertkern::cpu {
 
 enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2, s8 = 3, u8 = 4 };
 
+static inline int64_t dtype_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype <= Dtype::f16 ? 2 : 1; }
+
 enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, tanh = 4, silu = 5 };
 constexpr int32_t kActivations = 6;
 
-// y = C (fp32), or C * weight_scale[n] * row_scale[m] (int32);  y += bias[n];
-// y = clamp(round(y / output_scale), -127, 127) * output_scale where output_scale > 0;
-// y = act(y) + residual[m, n], stored as `dtype`.
+// From a tile of floats, kPanel apart, to rows of Y, where the tile kernel itself cannot write there:
+// y = clamp(round(y / output_scale), -127, 127) * output_scale   where output_scale > 0
+// y = act(y) + residual[m, n], stored as `dtype`: rounded to it, or for s8, u8 the code of quantize_row with a fixed
+// step and zero point (s8: zero point 0).
 struct Epilogue {
-  const float* weight_scale;  // null: C is fp32
-  const float* bias;
   float output_scale;
   Activation activation;
-  const float* row_scale;  // of the tile's first row
-  const float* residual;   // null: none
+  const float* residual;  // null: none
   int64_t residual_pitch;
   void* out;
   int64_t out_pitch;  // elements
   Dtype dtype;
+  float code_step;
+  int32_t code_zero;
 };
 
 // One head of one sequence. Rows of q, k, v and out are tokens, `pitch` floats apart; keys are the first n_keys tokens,
@@ -74,7 +76,7 @@ struct RowKernels {
   float (*quantize_row)(const float* x, int64_t n, float step, int32_t zero_point, uint8_t* out);
   void (*layer_norm_row)(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out);
   void (*add_scaled_row)(const void* x, Dtype dtype, int64_t n, float scale, float* acc);
-  void (*epilogue)(void* tile, int mr, int64_t columns, const Epilogue& e);
+  void (*epilogue)(const float* tile, int mr, int64_t columns, const Epilogue& e);
   void (*attention)(const AttentionHead& head);
   void (*transpose)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst, int64_t ld_dst);
 };

@@ -1,0 +1,83 @@
+#include "cpu/gemm/weights.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+#include "cpu/pages.h"
+
+namespace bertkern::ops {
+
+namespace {
+
+constexpr size_t kChunk = size_t{16} << 20;
+
+struct Chunk {
+  explicit Chunk(size_t bytes) : size((bytes + cpu::kHugePage - 1) / cpu::kHugePage * cpu::kHugePage) {
+    data = static_cast<char*>(std::aligned_alloc(cpu::kHugePage, size));
+    if (!data) throw std::bad_alloc();
+    cpu::advise_huge(data, size);
+  }
+  ~Chunk() { std::free(data); }
+  size_t size, used = 0;
+  char* data;
+};
+
+using Hold = std::shared_ptr<Chunk>;
+
+// A tensor over memory that someone else frees. torch 2.11 brought it, after the version that is compiled against.
+using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
+                                    AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
+
+FromBlob from_blob() {
+#if defined(__linux__)
+  static const FromBlob found = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+// Of the chunk that is being filled, or of one of its own where the bytes fill that.
+char* take(size_t bytes, Hold& hold) {
+  static std::mutex mutex;
+  static Hold& open = *new Hold;  // never destroyed: tensors may outlive this library's statics
+  const std::lock_guard<std::mutex> lock(mutex);
+  bytes = (bytes + 63) / 64 * 64;
+  if (bytes >= kChunk) {
+    hold = std::make_shared<Chunk>(bytes);
+    return hold->data;
+  }
+  if (!open || open->used + bytes > open->size) open = std::make_shared<Chunk>(kChunk);
+  hold = open;
+  open->used += bytes;
+  return open->data + open->used - bytes;
+}
+
+}  // namespace
+
+Tensor empty_weights(int64_t bytes) {
+  const FromBlob make = from_blob();
+  if (!make || bytes <= 0) return empty({bytes}, ScalarType::Byte);
+  Hold hold;
+  char* data = take(static_cast<size_t>(bytes), hold);
+  Hold* context = new Hold(std::move(hold));
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error =
+      make(data, 1, &bytes, &stride, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &handle,
+           aoti_torch_layout_strided(), nullptr, 0, [](void*, void* held) { delete static_cast<Hold*>(held); }, context);
+  if (error) {
+    delete context;
+    return empty({bytes}, ScalarType::Byte);
+  }
+  return Tensor(handle);
+}
+
+}  // namespace bertkern::ops
