@@ -18,6 +18,8 @@ _SURFACE = {
     "quantize_": "swap",
     "restore": "swap",
     "dequantize": "swap",
+    "calibrate": "compress.static",
+    "Calibration": "compress.static",
     "Int8Config": "config",
     "inspect": "reports",
     "report": "reports",

@@ -1,8 +1,9 @@
 """accelerate, quantize_, restore and dequantize: leaves are exchanged and classes changed, the module tree stays."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from . import mapped, plan
 from .config import Int8Config
 from .nn import Int8Embedding, Int8Linear, PackedLinear
 from .nn.encoder import Unfit
-from .nn.int8 import finite
+from .nn.int8 import finite, input_step
 
 # The attribute of a swapped model that holds its record.
 RECORD = "_bertkern"
@@ -71,22 +72,33 @@ def accelerate(model: nn.Module, sample: object = None, *, keep_padding: bool = 
     return model
 
 
-def quantize_(model: nn.Module, config: Int8Config | None = None, *, keep_padding: bool = False) -> nn.Module:
+def quantize_(
+    model: nn.Module,
+    config: Int8Config | None = None,
+    *,
+    calibration: Any = None,
+    keep_padding: bool = False,
+    **options: Any,
+) -> nn.Module:
     """Exchanges linear layers and embedding tables for int8 ones, in place, and makes the rest run by the kernels.
 
-    Weights are rounded to int8; activations are rounded per token at run time. Layers are converted one by one, tables
-    in blocks of rows, so that little memory is needed beside the model. Everything is checked before the first change.
+    Weights are rounded to int8; activations are rounded at run time, by each token's own range or by static ones.
+    Layers are converted one by one, tables in blocks of rows, so that little memory is needed beside the model.
+    Everything is checked, and all ranges are known, before the first change.
 
     Args:
         model: any module with linear layers; transformers models inside are found.
         config: what becomes int8.
+        calibration: for activation "static": batches of the user's data, which the float model then runs over, or what
+            `bertkern.calibrate` found on them.
         keep_padding: see `accelerate`.
+        options: with batches, what `bertkern.calibrate` takes: tokenizer, observer, batch_size, progress.
 
     Returns:
         The model.
 
     Raises:
-        TypeError, ValueError: what cannot be quantized; the model is unchanged then.
+        TypeError, ValueError: what cannot be quantized or calibrated; the model is unchanged then.
 
     Example:
         >>> model = quantize_(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), Int8Config(weight="per_tensor"))
@@ -97,11 +109,13 @@ def quantize_(model: nn.Module, config: Int8Config | None = None, *, keep_paddin
     _expect_module("quantize_", model)
     if not isinstance(config, Int8Config):
         raise TypeError(f"quantize_: expected a config such as Int8Config. Got {type(config).__name__}.")
-    if config.activation == "static":
+    if config.activation == "static" and calibration is None:
         raise ValueError(
-            'quantize_: expected activation "dynamic". Got "static", whose ranges come from training or calibration: '
-            "see bertkern.compress."
+            'quantize_: expected calibration with activation "static": batches of your data, or what '
+            "bertkern.calibrate finds on them. Got None."
         )
+    if config.activation != "static" and calibration is not None:
+        raise ValueError(f'quantize_: expected activation "static" with calibration. Got "{config.activation}".')
     if isinstance(model, nn.Linear):
         raise ValueError("quantize_: expected a module that holds linear layers. Got one: use Int8Linear.from_linear.")
     if plan.int8_modules(model):
@@ -117,13 +131,17 @@ def quantize_(model: nn.Module, config: Int8Config | None = None, *, keep_paddin
     for name, table in tables.items():
         if not finite(table.weight):
             raise ValueError(f"quantize_: expected {name}.weight to be finite. Got Inf or NaN.")
+    ranges = _ranges(model, config, calibration, options)
+    for choice in choices:
+        if config.activation == "static" and choice.action == "int8" and choice.name not in ranges:
+            raise ValueError(f"quantize_: expected calibration to hold a range of {choice.name}. Got none.")
     kept = {choice.name: choice.reason for choice in choices if choice.action == "packed"}
     names, table_names = [choice.name for choice in choices if choice.action == "int8"], list(tables)
     ties = _ties(model, names, table_names)
     # Nothing may hold a float weight any longer: each is freed as its int8 form takes its place.
     del choices, tables
     unfuse(model)
-    exchange(model, config, names, table_names, ties)
+    exchange(model, config, names, table_names, ties, ranges)
     accelerate(model, keep_padding=keep_padding)
     getattr(model, RECORD).kept = kept
     _mark_quantized(model, config)
@@ -154,17 +172,26 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
-def exchange(model: nn.Module, config: Int8Config, linears: list[str], tables: list[str], ties: dict[str, str]) -> None:
+def exchange(
+    model: nn.Module,
+    config: Int8Config,
+    linears: list[str],
+    tables: list[str],
+    ties: dict[str, str],
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
     """Puts int8 modules in the place of the named ones; also on the meta device, for weights that are yet to come.
 
     Args:
         linears, tables: names of nn.Linear and nn.Embedding modules.
         ties: of `linears` whose weight is a table: the name of the linear -> that of the table.
+        ranges: of static activations, by name of the linear; on the meta device there need be none.
     """
+    ranges = ranges or {}
     for name in linears:
         if name not in ties:
             linear = model.get_submodule(name)
-            _put(model, name, Int8Linear.from_linear(linear, config))
+            _put(model, name, Int8Linear.from_linear(linear, config, input_range=ranges.get(name)))
             mapped.release(linear.weight)
     for name in tables:
         table = model.get_submodule(name)
@@ -175,7 +202,11 @@ def exchange(model: nn.Module, config: Int8Config, linears: list[str], tables: l
         linear, table = model.get_submodule(name), model.get_submodule(source)
         bias = None if linear.bias is None else linear.bias.detach().clone()
         # The codes of both are the same, row by row, so one tensor serves both.
-        layer = Int8Linear(table.weight_codes, table.weight_scale, bias).train(linear.training)
+        meta = table.weight_codes.device.type == "meta"
+        step, zero_point = input_step(config, ranges.get(name), meta)
+        layer = Int8Linear(
+            table.weight_codes, table.weight_scale, bias, input_scale=step, input_zero_point=zero_point
+        ).train(linear.training)
         layer.share(table)
         layer.original = (linear,) if config.keep_original else None
         _put(model, name, layer)
@@ -211,6 +242,19 @@ def family_tables(model: nn.Module) -> list[str]:
                 if type(getattr(module, table)) is nn.Embedding:
                     names.append(".".join(part for part in (prefix, name, table) if part))
     return names
+
+
+def _ranges(
+    model: nn.Module, config: Int8Config, calibration: Any, options: dict[str, Any]
+) -> Mapping[str, tuple[float, float]]:
+    """The ranges that `calibration` is or leads to, by name."""
+    from .compress import Calibration, calibrate
+
+    if calibration is not None and not isinstance(calibration, Calibration):
+        return calibrate(model, calibration, config, **options).ranges
+    if options:
+        raise TypeError(f"quantize_: expected {sorted(options)[0]} only with batches in calibration.")
+    return {} if calibration is None else calibration.ranges
 
 
 def _tables(model: nn.Module, config: Int8Config) -> dict[str, nn.Embedding]:

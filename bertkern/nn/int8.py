@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import _ops  # noqa: F401  (loads the operators)
 from ..config import Int8Config
-from ..formats.int8 import quantize_weight
+from ..formats.int8 import quantize_weight, static_step
 from .linear import FLOATS
 from .packing import PackedCache, lean
 
@@ -150,18 +150,31 @@ class Int8Linear(PackedCache, _Int8Weight):
             self.register_buffer(name, made)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: Int8Config | None = None) -> "Int8Linear":
+    def from_linear(
+        cls, linear: nn.Linear, config: Int8Config | None = None, *, input_range: tuple[float, float] | None = None
+    ) -> "Int8Linear":
         """The int8 form of `linear`; its weight is rounded to the nearest code.
 
         Args:
             linear: weight [N, K] of any float dtype, finite.
-            config: its `weight` and `keep_original` count; activations are dynamic.
+            config: its `weight`, `activation`, `activation_unsigned` and `keep_original` count.
+            input_range: (low, high) of the inputs, low <= 0 <= high, for static activations.
+
+        Raises:
+            ValueError: a weight that is not finite, or activation "static" without input_range.
         """
         config = config or Int8Config()
         weight = linear.weight.detach()
+        step, zero_point = input_step(config, input_range, weight.device.type == "meta")
         codes, scale = _quantized("Int8Linear", weight, config.weight == "per_channel")
         bias = linear.bias
-        made = cls(codes, scale, None if bias is None else bias.detach().to(torch.float32, copy=True))
+        made = cls(
+            codes,
+            scale,
+            None if bias is None else bias.detach().to(torch.float32, copy=True),
+            input_scale=step,
+            input_zero_point=zero_point,
+        )
         made.original = (linear,) if config.keep_original else None
         return made.train(linear.training)
 
@@ -316,6 +329,15 @@ class Int8Embedding(_Int8Weight):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
+
+
+def input_step(config: Int8Config, ends: tuple[float, float] | None, later: bool) -> tuple[float, int]:
+    """Step and zero point of a layer's input, 0 and 0 for dynamic ones and for those that a file is to bring later."""
+    if config.activation == "dynamic" or (ends is None and later):
+        return 0.0, 0
+    if ends is None:
+        raise ValueError('Int8Linear: expected input_range with activation "static". Got None.')
+    return static_step(*ends, unsigned=config.activation_unsigned)
 
 
 def _quantized(owner: str, weight: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ Three ways lead to the int8 model, and all end in `convert`:
 - a checkpoint of NLP Architect: `bertkern.checkpoints.load_checkpoint(path)`.
 """
 
+from ..observers import AbsMax, MovingAverage, Percentile
 from .calibration import Range, calibrate
 from .config import OpSettings, Q8BertConfig
 from .conversion import convert
 from .modules import FakeQuantEmbedding, FakeQuantLinear
-from .observers import AbsMax, MovingAverage, Percentile
 from .prepare import prepare_qat
 
 __all__ = [

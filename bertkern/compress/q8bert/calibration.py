@@ -1,19 +1,17 @@
 """Post-training quantization: activation ranges from running the fp32 model over a user's data."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from .batches import Batches
+from ..batches import Batches
+from ..observation import observe
+from ..observers import Observer, named_observer
 from .config import EMBEDDINGS, Q8BertConfig
-from .observers import OBSERVERS, Observer
 from .prepare import check_model, prepare_qat
-from .roles import Role, pretrained_models
+from .roles import Role
 
 # Rounding outputs, too, is for models that were trained to bear it: all-MiniLM-L6-v2, only calibrated, loses 0.037 of
 # its 0.820 Spearman on STS-B with it, and 0.007 without.
@@ -69,9 +67,7 @@ def calibrate(
         convert(model)
     """
     roles = check_model(model, config)
-    make_observer = OBSERVERS.get(observer) if isinstance(observer, str) else observer
-    if make_observer is None:
-        raise ValueError(f"calibrate: expected observer to be one of {', '.join(OBSERVERS)}. Got {observer!r}.")
+    make_observer = named_observer(observer)
     watched = [role for role in roles if role.op not in EMBEDDINGS and getattr(config, role.op).mode == "ema"]
     ranges = _observe(model, watched, Batches(batches, model, tokenizer, batch_size), config, make_observer, progress)
     prepare_qat(model, config)
@@ -91,76 +87,15 @@ def _observe(
 ) -> dict[str, Range]:
     inputs = {role.name: make_observer() for role in roles}
     outputs = {role.name: make_observer() for role in roles if getattr(config, role.op).requantize_output}
-    reached: set[str] = set()
-    mask = _CurrentMask()
 
-    def watch(role: Role) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            _take(inputs[role.name], mask.real_tokens(args[0]), role.name, "input")
-            if role.name in outputs:
-                _take(outputs[role.name], mask.real_tokens(output), role.name, "output")
-            reached.add(role.name)
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        inputs[name].update(x)
+        if name in outputs:
+            outputs[name].update(y)
 
-        return hook
-
-    with _evaluating(model), torch.no_grad():
-        handles = [role.module.register_forward_hook(watch(role)) for role in roles]
-        handles += [
-            pretrained.register_forward_pre_hook(mask.remember, with_kwargs=True)
-            for _, pretrained in pretrained_models(model)
-        ]
-        try:
-            count = 0
-            for args, kwargs in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
-                model(*args, **kwargs)
-                count += 1
-        finally:
-            for handle in handles:
-                handle.remove()
-    if not count:
-        raise ValueError("calibrate: expected at least one batch. Got none.")
-    missed = [role.name for role in roles if role.name not in reached]
-    if missed:
-        raise ValueError(f"calibrate: expected the batches to reach {missed[0]}. Got none that does.")
+    observe(model, {role.name: role.module for role in roles}, batches, see, progress=progress)
     ranges = {n: Range(inputs[n].range(), outputs[n].range() if n in outputs else None) for n in inputs}
     for name, found in ranges.items():
         if found.input <= 0 or (found.output is not None and found.output <= 0):
             raise ValueError(f"calibrate: expected activations of {name} other than zero. Got only zeros.")
     return ranges
-
-
-def _take(observer: Observer, x: Tensor, name: str, side: str) -> None:
-    if not x.numel():
-        return
-    if not torch.isfinite(x).all():
-        raise ValueError(f"calibrate: expected the {side} of {name} to be finite. Got Inf or NaN.")
-    observer.update(x)
-
-
-class _CurrentMask:
-    """The attention mask of the running forward call, to leave padding out of the ranges."""
-
-    def __init__(self) -> None:
-        self._mask: Tensor | None = None
-
-    def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # All families take (input_ids, attention_mask, ...).
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        # Multiple choice masks [batch, choices, length] run as [batch * choices, length].
-        usable = isinstance(mask, Tensor) and mask.dim() in (2, 3)
-        self._mask = mask.reshape(-1, mask.shape[-1]).bool() if usable else None
-
-    def real_tokens(self, x: Tensor) -> Tensor:
-        """The rows of x [..., features] that stand for real tokens; all of x where it is not laid out as the mask."""
-        return x[self._mask] if self._mask is not None and x.shape[:-1] == self._mask.shape else x
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from .fake_quant import largest_code, quantize
-from .modules import BIAS_BITS, FakeQuantEmbedding, FakeQuantLinear
+from .fake_quant import rounded_bias, step_of
+from .modules import FakeQuantEmbedding, FakeQuantLinear
 from .roles import pretrained_models
 
 # The activation width that the kernels run.
@@ -79,8 +79,7 @@ def linear_parts(layer: FakeQuantLinear) -> Int8Parts:
         return Int8Parts(weight_codes, weight_scale, bias, zero, zero.clone())
     input_scale = _step(layer.input_thresh)
     if bias is not None:
-        multiplier = 1 / (weight_scale * input_scale)
-        bias = quantize(bias, multiplier, BIAS_BITS) / multiplier
+        bias = rounded_bias(bias, input_scale * weight_scale)
     output_scale = _step(layer.output_thresh) if layer.settings.requantize_output else zero
     return Int8Parts(weight_codes, weight_scale, bias, input_scale, output_scale)
 
@@ -127,7 +126,7 @@ def _ties(model: nn.Module, names: list[str]) -> dict[str, str]:
 
 def _codes(layer: FakeQuantLinear | FakeQuantEmbedding) -> tuple[Tensor, Tensor]:
     """(codes int8, step fp32 [1]) of the weight."""
-    return layer.weight_codes().to(torch.int8), 1 / layer.weight_scale().reshape(1)
+    return layer.weight_codes().to(torch.int8), layer.weight_step().reshape(1)
 
 
 def _converted(layer: FakeQuantLinear | FakeQuantEmbedding) -> nn.Module:
@@ -139,7 +138,7 @@ def _converted(layer: FakeQuantLinear | FakeQuantEmbedding) -> nn.Module:
 
 
 def _step(threshold: Tensor) -> Tensor:
-    return (threshold / largest_code(ACTIVATION_BITS)).reshape(())
+    return step_of(threshold, ACTIVATION_BITS).reshape(())
 
 
 def _apply_pruning(layer: nn.Module) -> None:

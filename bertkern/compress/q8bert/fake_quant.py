@@ -4,6 +4,9 @@
 
 The scale is a multiplier here, as in Q8BERT; bertkern's int8 formats store its inverse, the step between two codes.
 Rounding is to nearest, ties to even. Zero points there are none, and the code -128 is never used.
+
+Multiplications stand in the place of divisions as they do in the kernels, operation by operation: a value on the border
+of two codes falls to the same side in both.
 """
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 
 # The range of a tensor that holds nothing but zeros: any positive number keeps its codes at 0 and its scale finite.
 SMALLEST_RANGE = 1e-30
+BIAS_BITS = 32
 
 
 def largest_code(bits: int) -> int:
@@ -29,6 +33,11 @@ def scale_of(threshold: Tensor, bits: int) -> Tensor:
     return largest_code(bits) / threshold.clamp_min(SMALLEST_RANGE)
 
 
+def step_of(threshold: Tensor, bits: int) -> Tensor:
+    """The step threshold / M between two codes, in the shape of `threshold`."""
+    return threshold.clamp_min(SMALLEST_RANGE) / largest_code(bits)
+
+
 def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes of x as floating-point numbers, in at least fp32."""
     limit = largest_code(bits)
@@ -38,7 +47,7 @@ def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-        return (quantize(x, scale, bits) / scale).to(x.dtype)
+        return (quantize(x, scale, bits) * (1 / scale)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -63,6 +72,11 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
     tensor([0.5039, 1.0000])
     """
     return _FakeQuantize.apply(x, scale, bits)
+
+
+def rounded_bias(bias: Tensor, step: Tensor) -> Tensor:
+    """`bias` [N] as integers of 32 bits hold it that count in `step` = step of the inputs * step of the weights."""
+    return quantize(bias, 1 / step, BIAS_BITS) * step
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import PAPER_SETTINGS, OpSettings
-from .fake_quant import fake_quantize, max_abs, quantize, scale_of
-
-BIAS_BITS = 32
+from .fake_quant import fake_quantize, max_abs, quantize, rounded_bias, scale_of, step_of
 
 
 class _FakeQuant(nn.Module):
@@ -58,6 +56,10 @@ class _FakeQuant(nn.Module):
     def weight_scale(self) -> Tensor:
         """The multiplier of the weight, fp32 scalar: M / max|weight|."""
         return scale_of(max_abs(self.weight), self.settings.weight_bits)
+
+    def weight_step(self) -> Tensor:
+        """The step between two codes of the weight, fp32 scalar, as the int8 layers store it."""
+        return 1 / self.weight_scale()
 
     def weight_codes(self) -> Tensor:
         """The weight's codes as floating-point numbers, fp32 at least, in the shape of the weight."""
@@ -163,35 +165,40 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
     def _train_quantized(self, x: Tensor) -> Tensor:
         s = self.settings
         y = F.linear(
-            fake_quantize(x, self._activation_scale(x, "input_thresh"), s.activation_bits),
+            fake_quantize(x, 1 / self._activation_step(x, "input_thresh"), s.activation_bits),
             self.fake_quantized_weight(),
             self.bias,
         )
         if s.requantize_output:
-            y = fake_quantize(y, self._activation_scale(y, "output_thresh"), s.activation_bits)
+            y = fake_quantize(y, 1 / self._activation_step(y, "output_thresh"), s.activation_bits)
         return y
 
     def _simulate(self, x: Tensor) -> Tensor:
+        # Every operation as the int8 kernels have it, in their order: the same input gives the same bits while the sums
+        # of products stay below 2^24, where fp32 is exact.
         s = self.settings
         # The codes' products reach 49 million at K = 3072: autocast must not carry them in half precision.
         with torch.autocast(x.device.type, enabled=False):
-            x_scale, w_scale = self._activation_scale(x, "input_thresh"), self.weight_scale()
-            bias = None if self.bias is None else quantize(self.bias, x_scale * w_scale, BIAS_BITS)
-            codes = quantize(x, x_scale, s.activation_bits)
-            y = F.linear(codes, self.weight_codes(), bias) / (x_scale * w_scale)
+            step = self._activation_step(x, "input_thresh")
+            codes = quantize(x, 1 / step, s.activation_bits)
+            step = step * self.weight_step()
+            y = F.linear(codes, self.weight_codes()) * step
+            if self.bias is not None:
+                y = y + rounded_bias(self.bias, step)
             if s.requantize_output:
-                y = fake_quantize(y, self._activation_scale(y, "output_thresh"), s.activation_bits)
+                step = self._activation_step(y, "output_thresh")
+                y = quantize(y, 1 / step, s.activation_bits) * step
         return y.to(x.dtype)
 
-    def _activation_scale(self, x: Tensor, range_name: str) -> Tensor:
-        """The multiplier for x, after its range has taken x in when training; fp32 [1] or a scalar."""
+    def _activation_step(self, x: Tensor, range_name: str) -> Tensor:
+        """The step between two codes of x, after its range has taken x in when training; fp32 [1] or a scalar."""
         if self.settings.mode == "dynamic":
-            return scale_of(max_abs(x), self.settings.activation_bits)
+            return step_of(max_abs(x), self.settings.activation_bits)
         threshold = getattr(self, range_name)
         if self.training:
             self._follow(threshold, max_abs(x))
         # A copy: the buffer moves on at the next step, the value that this step's graph was built with must not.
-        return scale_of(threshold.detach().clone(), self.settings.activation_bits)
+        return step_of(threshold.detach().clone(), self.settings.activation_bits)
 
     def _follow(self, threshold: Tensor, live: Tensor) -> None:
         with torch.no_grad():

@@ -92,3 +92,16 @@ OBSERVERS: dict[str, Callable[[], Observer]] = {
     "percentile": Percentile,
     "ema": MovingAverage,
 }
+
+
+def named_observer(observer: str | Callable[[], Observer]) -> Callable[[], Observer]:
+    """What makes the observer that a user asked for, by name or by what makes it.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(observer, str):
+        return observer
+    if observer not in OBSERVERS:
+        raise ValueError(f"calibrate: expected observer to be one of {', '.join(OBSERVERS)}. Got {observer!r}.")
+    return OBSERVERS[observer]
