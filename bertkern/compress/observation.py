@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from bertkern import plan
 from bertkern.nn.int8 import finite
+from bertkern.nn.packing import plain_path
 
 from .batches import Batches
 
@@ -44,8 +45,8 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], batches: Batches
 
         return hook
 
-    # Fused modules see the hooks of those that they stand for, and take the plain path.
-    with _evaluating(model), torch.no_grad():
+    # The plain path, because the fused operators run no hooks of the modules that they stand for.
+    with _evaluating(model), torch.no_grad(), plain_path():
         handles = [module.register_forward_hook(watch(name)) for name, module in watched.items()]
         handles += [
             pretrained.register_forward_pre_hook(mask.remember, with_kwargs=True)

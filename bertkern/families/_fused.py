@@ -9,7 +9,7 @@ from .. import _gradients
 from ..nn.encoder import LayerParts, Stack, Unfit, key_mask, usable
 from ..nn.int8 import Int8Embedding
 from ..nn.linear import PackedLinear
-from ..nn.packing import lean, needs_grad
+from ..nn.packing import lean, needs_grad, plain
 from . import _attention, _capture  # noqa: F401  (registers attn_implementation="bertkern")
 
 _embed = lean(torch.ops.bertkern.embed.default)
@@ -113,6 +113,8 @@ class _FusedLayers(Fused):
             bias: what is added to attention scores, fp32 [1 or B, heads, L, L].
             states: whether the result is the hidden states after every layer, [layers, B, L, H].
         """
+        if plain():
+            return None
         try:
             return self._run(x, mask, others, options, bias, states)
         except Unfit as reason:
@@ -270,6 +272,8 @@ class FusedEmbeddings(Fused):
         Returns:
             [B, L, H], or None where the plain path has to run.
         """
+        if plain():
+            return None
         try:
             return self._embed(ids, *others)
         except Unfit as reason:

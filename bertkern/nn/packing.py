@@ -1,12 +1,37 @@
 """What all swapped modules share: a packed copy that follows its tensors."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _gradients
+
+
+class _State(threading.local):
+    plain = False
+
+
+_state = _State()
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """Within it, in this thread, fused modules run module by module, so that hooks inside them do."""
+    before, _state.plain = _state.plain, True
+    try:
+        yield
+    finally:
+        _state.plain = before
+
+
+def plain() -> bool:
+    """Whether this thread is inside `plain_path`."""
+    # A thread-local cannot be traced.
+    return not torch.compiler.is_compiling() and _state.plain
 
 
 def version(tensor: Tensor) -> int:
@@ -108,7 +133,7 @@ class PackedCache:
 
 
 def lean(op: Callable) -> Callable:
-    """`op` that passes by torch's Python code for gradients where none are recorded: a tenth of a small model's time."""
+    """`op` that passes by torch's Python code for gradients where none are recorded."""
 
     def call(*arguments: Any) -> Any:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():

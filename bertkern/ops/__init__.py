@@ -131,7 +131,8 @@ def qgemm_seconds(
 ) -> list[float]:
     """For benchmarks: the seconds of `calls` products (`qgemm`, or `qgemm_requantize`) into one output.
 
-    The calls take one of the `packed` weights after the other. Packing the operand and writing the result count; the call through Python, dispatch and allocation do not.
+    The calls take one of the `packed` weights after the other. Packing the operand and writing the result count; the
+    call through Python, dispatch and allocation do not.
     """
     return _op.qgemm_seconds(
         codes, scale, list(packed), out_features, _activation(activation), requantize, out_dtype, calls
