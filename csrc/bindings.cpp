@@ -25,7 +25,8 @@ STABLE_TORCH_LIBRARY(bertkern, m) {
   // For benchmarks: the seconds of each of `calls` products into one output, without dispatch and allocation, with one
   // of the weights after the other.
   m.def(
-      "qgemm_seconds(Tensor codes, Tensor scale, Tensor[] packed, SymInt out_features, int activation, bool requantize, "
+      "qgemm_seconds(Tensor codes, Tensor scale, Tensor[] packed, SymInt out_features, int activation, bool "
+      "requantize, "
       "ScalarType out_dtype, int calls) -> Tensor");
   m.def("add_layernorm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(

@@ -203,8 +203,7 @@ void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_
   const RowKernels& kernels = row_kernels();
   const bool integer = linear.kind == WeightKind::s8;
   const void* start = integer ? static_cast<const void*>(init ? init : linear.init) : linear.bias;
-  const bool plain =
-      output.activation == Activation::none && linear.output_scale <= 0.0f && output.dtype == Dtype::f32;
+  const bool plain = output.activation == Activation::none && linear.output_scale <= 0.0f && output.dtype == Dtype::f32;
   alignas(64) float buffer[kMaxRows * kPanel];
   for (int64_t p = p0; p < p1; ++p) {
     const uint32_t* panel = linear.weights + p * linear.kd * kPanel;

@@ -348,7 +348,8 @@ Tensor qgemm_seconds(const Tensor& codes, const Tensor& scale, std::vector<Tenso
   const Codes a = checked_codes(op, linears[0], codes, scale, 0);
   for (const Linear& w : linears)
     require(cpu::same_operand(w, linears[0]), op, ": expected packed weights of one kind, K and zero point.");
-  Tensor out = empty({a.m, out_features}, requantize ? ScalarType::Char : output_dtype(op, out_dtype, ScalarType::Float));
+  Tensor out =
+      empty({a.m, out_features}, requantize ? ScalarType::Char : output_dtype(op, out_dtype, ScalarType::Float));
   Tensor steps = empty({a.m}, ScalarType::Float), seconds = empty({calls}, ScalarType::Double);
   const cpu::Output output = output_of(linears[0], activation, out.scalar_type(), out, op);
   for (int64_t i = 0; i < calls; ++i) {

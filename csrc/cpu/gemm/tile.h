@@ -77,7 +77,8 @@ BK_INLINE void finish(typename Dot::Acc (&acc)[MR][2], int64_t j, const TileOutp
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       vf y = Dot::value(acc[r][v]);
-      if (Dot::kInteger) y = vadd(vmul(y, vmul(vset(o.row_scale[r]), scale)), bias);  // unfused: equal bits on every ISA
+      if (Dot::kInteger)
+        y = vadd(vmul(y, vmul(vset(o.row_scale[r]), scale)), bias);  // unfused: equal bits on every ISA
       if (kResidual) y = vadd(y, vload(o.residual + r * o.residual_pitch + n));
       vstore(o.out + r * o.pitch + n, y);
     }

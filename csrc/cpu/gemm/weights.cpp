@@ -70,9 +70,9 @@ Tensor empty_weights(int64_t bytes) {
   Hold* context = new Hold(std::move(hold));
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError error =
-      make(data, 1, &bytes, &stride, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &handle,
-           aoti_torch_layout_strided(), nullptr, 0, [](void*, void* held) { delete static_cast<Hold*>(held); }, context);
+  const AOTITorchError error = make(
+      data, 1, &bytes, &stride, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, [](void*, void* held) { delete static_cast<Hold*>(held); }, context);
   if (error) {
     delete context;
     return empty({bytes}, ScalarType::Byte);
