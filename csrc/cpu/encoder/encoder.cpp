@@ -11,7 +11,7 @@ namespace bertkern::cpu {
 
 namespace {
 
-constexpr int64_t kBlockRows = 70;       // five tiles of 14; a block's feed-forward output stays in L2
+constexpr int64_t kBlockRows = 42;       // three tiles of 14; a block's feed-forward output stays in L2
 constexpr int64_t kRowSplitTokens = 64;  // per thread; fewer: split columns
 
 thread_local Scratch call_memory, operand_memory, block_memory, attention_memory;
