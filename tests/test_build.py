@@ -226,7 +226,9 @@ def test_build_with_old_setuptools(project, run_python):
         "runpy.run_path('setup.py', run_name='__main__')"
     )
     line = failed_build(run_python, project, "-c", old)
-    assert line.startswith("bertkern: expected setuptools 77 or newer. Got 65.5.0. Run: pip install -U 'setuptools>=77'")
+    assert line.startswith(
+        "bertkern: expected setuptools 77 or newer. Got 65.5.0. Run: pip install -U 'setuptools>=77'"
+    )
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
