@@ -164,15 +164,36 @@ def build_skeleton(model: nn.Module, config: Int8Config, files: Iterable[str] | 
         if target.endswith(".weight") and source.removesuffix(".weight") in tables
     }
     ties = {name: source for name, source in tied.items() if name in linears}
+    shared = {name for tie in model.all_tied_weights_keys.items() for name in tie}
     scales: dict[str, list[int]] = {}
-    if files is not None:
-        linears, ties, scales = _check_headers(model, linears, tables, ties, _headers(files, model))
+    found = None if files is None else _headers(files, model)
+    if found is not None:
+        linears, ties, scales = _check_headers(model, linears, tables, ties, found)
     swap.exchange(model, config, linears, tables, ties)
     for name, shape in scales.items():
         module = model.get_submodule(name)
         module.weight_scale = torch.empty(shape, dtype=torch.float32, device="meta")
+    if found is not None:
+        _check_body(model, found, shared)
     _drop_ties(model)
     return ties
+
+
+def of_body(model: nn.Module, name: str) -> bool:
+    """Whether a checkpoint's tensor `name` must be one of `model`: it stands in the base model, the pooler aside.
+
+    Heads and poolers may be there or not: they start anew, or stay unread, as in every transformers model.
+    """
+    first, *rest = name.removeprefix(model.base_model_prefix + ".").split(".")
+    return model.base_model._modules.get(first) is not None and "pooler" not in (first, *rest)
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with a file of tensors, in one line, from the error of whatever was reading it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # torch's first line recommends to run what the file holds.
+    unsafe = [line.partition(". ")[0] for line in lines if "nsupported" in line]
+    return f"truncated, damaged or holding other objects: {(unsafe or lines)[0]}"
 
 
 def refuse_resize(*args: Any, **kwargs: Any) -> None:
@@ -215,15 +236,53 @@ def _headers(files: Iterable[str], model: nn.Module) -> dict[str, tuple[str, lis
 
     found: dict[str, tuple[str, list[int]]] = {}
     for file in files:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    part = tensors.get_slice(name)
-                    found[renamed(name)] = (_DTYPES.get(part.get_dtype(), ""), part.get_shape())
-        else:
-            for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
-                found[renamed(name)] = (str(tensor.dtype), list(tensor.shape))
+        try:
+            if str(file).endswith(".safetensors"):
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                        part = tensors.get_slice(name)
+                        dtype = part.get_dtype()
+                        found[renamed(name)] = (_DTYPES.get(dtype, dtype), part.get_shape())
+            else:
+                for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
+                    found[renamed(name)] = (str(tensor.dtype), list(tensor.shape))
+        # SafetensorError, UnpicklingError, RuntimeError, EOFError, ...: which one depends on where the damage lies.
+        except Exception as error:
+            raise ValueError(
+                f"from_pretrained: expected {str(file)!r} to be a file of tensors. Got one {damage(error)}"
+            ) from None
     return found
+
+
+def _check_body(model: nn.Module, found: dict[str, tuple[str, list[int]]], shared: set[str]) -> None:
+    """Raises ValueError unless the checkpoint holds all tensors of the base model, in their shapes, and no others.
+
+    Args:
+        model: with its int8 modules in place.
+        found: see `_headers`.
+        shared: names of tied parameters, of which a checkpoint holds one.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    if not all(isinstance(entry, WeightRenaming) for entry in get_model_conversion_mapping(model)):
+        return  # transformers puts the tensors of this architecture together from others
+    base, prefix = model.base_model, model.base_model_prefix + "."
+    expected = {name.removeprefix(prefix): list(tensor.shape) for name, tensor in base.state_dict().items()}
+    known = {*expected, *(name for name, _ in base.named_buffers()), *(name.removeprefix(prefix) for name in shared)}
+    problems = []
+    for name, shape in expected.items():
+        absent = name not in found and not {name, prefix + name} & shared
+        if of_body(model, name) and (absent or found.get(name, ("", shape))[1] != shape):
+            problems.append(f"expected {name} of shape {shape}. Got {'none' if absent else found[name][1]}.")
+    problems += [f"expected no {name}. Got it." for name in found if of_body(model, name) and name not in known]
+    _complain(problems)
+
+
+def _complain(problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ValueError("from_pretrained: the checkpoint does not fit: " + " ".join(problems[:5]) + more)
 
 
 _DTYPES = {
@@ -266,7 +325,8 @@ def _check_headers(
         module = model.get_submodule(name)
         absent = not any(key(name, tensor) in found for tensor in (*_LINEAR, "weight"))
         # A head or pooler that the saved model did not have starts anew, as in every transformers model.
-        if absent and name not in ties and plan.role(name, roots) != "body":
+        if absent and plan.role(name, roots) != "body":
+            ties.pop(name, None)
             continue
         rows, columns = module.weight.shape
         if name not in ties or key(name, "weight_codes") in found:
@@ -284,9 +344,7 @@ def _check_headers(
     planned = {key(name, "weight_codes") for name in (*kept, *tables)}
     here = {key(name, "weight_codes") for name, module in model.named_modules() if hasattr(module, "weight")}
     problems += [f"expected no {name}. Got it." for name in sorted(found) if name in here and name not in planned]
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise ValueError("from_pretrained: the checkpoint does not fit: " + " ".join(problems[:5]) + more)
+    _complain(problems)
     return kept, ties, scales
 
 
