@@ -5,7 +5,11 @@ Importing this module loads the compiled library.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import _gradients, _lib  # noqa: F401  (register gradients and the operators)
@@ -19,55 +23,76 @@ def _packed_size(n: int, k: int, kind: str) -> int:
     return 64 + rows * ((k + per_dword - 1) // per_dword) * 4 + (4 if kind == "s8" else 1) * rows * 4
 
 
-@torch.library.register_fake("bertkern::pack_linear")
+def _shapes(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers the shapes of an operator's results, for tracing and for tensors on the meta device."""
+
+    def register(shapes: Callable[..., Any]) -> None:
+        def checked(*arguments: Any) -> Any:
+            # Kernels are asked only where all tensors have data: a stray one on meta leads here.
+            devices = {str(item.device) for item in pytree.tree_leaves(arguments) if isinstance(item, Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{name}: expected tensors on one device. Got {' and '.join(sorted(devices))}.")
+            return shapes(*arguments)
+
+        torch.library.register_fake(f"bertkern::{name}", checked)
+
+    return register
+
+
+@_shapes("pack_linear")
 def _(weight: Tensor, bias: Tensor | None) -> Tensor:
     kind = "bf16" if weight.dtype == torch.bfloat16 else "f32"
     return weight.new_empty(_packed_size(*weight.shape, kind), dtype=torch.uint8)
 
 
-@torch.library.register_fake("bertkern::pack_qlinear")
+@_shapes("pack_qlinear")
 def _(weight_codes, weight_scale, bias, input_scale=0.0, input_zero_point=0, output_scale=0.0) -> Tensor:
     return weight_codes.new_empty(_packed_size(*weight_codes.shape, "s8"), dtype=torch.uint8)
 
 
-@torch.library.register_fake("bertkern::linear")
+@_shapes("unpack_linear")
+def _(packed) -> tuple[Tensor, Tensor, Tensor]:
+    raise RuntimeError("unpack_linear: expected packed weights with data, which hold their shape. Got none.")
+
+
+@_shapes("linear")
 def _(x, packed, out_features, activation=0, residual=None, out_dtype=None) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
 
 
-@torch.library.register_fake("bertkern::quantize_rows")
+@_shapes("quantize_rows")
 def _(x, scale=0.0, zero_point=0, unsigned=False) -> tuple[Tensor, Tensor]:
     codes = x.new_empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.register_fake("bertkern::qgemm")
+@_shapes("qgemm")
 def _(codes, scale, zero_point, packed, out_features, activation=0, residual=None, out_dtype=None) -> Tensor:
     return codes.new_empty((codes.shape[0], out_features), dtype=out_dtype or torch.float32)
 
 
-@torch.library.register_fake("bertkern::qgemm_requantize")
+@_shapes("qgemm_requantize")
 def _(codes, scale, zero_point, packed, out_features, activation=0, out_scale=0.0, out_zero_point=0):
     out = codes.new_empty((codes.shape[0], out_features), dtype=torch.uint8 if out_zero_point else torch.int8)
     return out, codes.new_empty(codes.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("bertkern::qgemm_seconds")
+@_shapes("qgemm_seconds")
 def _(codes, scale, packed, out_features, activation, requantize, out_dtype, calls) -> Tensor:
     return codes.new_empty(calls, dtype=torch.float64)
 
 
-@torch.library.register_fake("bertkern::add_layernorm")
+@_shapes("add_layernorm")
 def _(x, residual, weight, bias, eps) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("bertkern::embed")
+@_shapes("embed")
 def _(ids, tables, scales, weight, bias, eps, out_dtype=None) -> Tensor:
     return weight.new_empty((*ids[0].shape, weight.shape[0]), dtype=out_dtype or torch.float32)
 
 
-@torch.library.register_fake("bertkern::encoder")
+@_shapes("encoder")
 def _(
     x,
     mask,

@@ -41,7 +41,7 @@ def accelerate(model: nn.Module, sample: object = None, *, keep_padding: bool = 
     Args:
         model: any module; transformers models inside are found.
         sample: reserved for choices that need an input to measure.
-        keep_padding: whether hidden states of masked positions are computed too; else they come back as zeros.
+        keep_padding: whether positions after a sequence's last token are computed too; else they come back as zeros.
 
     Returns:
         The model.

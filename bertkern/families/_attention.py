@@ -4,13 +4,15 @@ A sequence without a single token tells transformers' own implementations apart:
 zeros, eager the mean of all values. So what was eager becomes "bertkern_eager", whose plain path is eager's formula.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
 from . import _capture
 
@@ -18,16 +20,17 @@ from . import _capture
 NAMES = {"sdpa": "bertkern", "eager": "bertkern_eager"}
 
 
-def bertkern_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A bidirectional padding mask as it came, [B, L] bool; every other mask as transformers makes it for sdpa.
+def padding_mask(otherwise: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
+    """A bidirectional padding mask as it came, [B, L] bool; every other mask as transformers' own function makes it.
 
-    The same function serves causal masks, whose causality a [B, L] mask would lose.
+    The same function serves causal masks, whose causality a [B, L] mask would lose, and masks that are longer or
+    shorter than the sequences.
     """
     mask = kwargs.get("attention_mask")
     padding_only = kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("use_vmap")
-    if padding_only and (mask is None or mask.dim() == 2):
+    if padding_only and (mask is None or mask.shape == (kwargs.get("batch_size"), kwargs.get("q_length"))):
         return mask
-    return sdpa_mask(*args, **kwargs)
+    return otherwise(*args, **kwargs)
 
 
 def bertkern_attention(
@@ -76,6 +79,7 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
 
 
-for name, attention in zip(NAMES.values(), (bertkern_attention, eager_attention), strict=True):
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, bertkern_mask)
+AttentionInterface.register(NAMES["sdpa"], bertkern_attention)
+AttentionMaskInterface.register(NAMES["sdpa"], partial(padding_mask, sdpa_mask))
+AttentionInterface.register(NAMES["eager"], eager_attention)
+AttentionMaskInterface.register(NAMES["eager"], partial(padding_mask, eager_mask))

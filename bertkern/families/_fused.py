@@ -17,7 +17,7 @@ _embed_from = torch.ops.bertkern.embed_from.default
 # The scale of float tables, and the token type of every token when none is given.
 _ONE, ZERO = torch.ones(1), torch.zeros((), dtype=torch.int64)
 # Arguments of encoders and layers that change nothing about their result.
-HARMLESS = frozenset({"position_ids", "output_hidden_states", "return_dict", "use_cache"})
+HARMLESS = frozenset({"position_ids", "token_type_ids", "output_hidden_states", "return_dict", "use_cache"})
 
 
 class Fused:
@@ -303,5 +303,8 @@ class FusedEmbeddings(Fused):
 
 def _int64(ids: Tensor, shape: torch.Size) -> Tensor:
     # At 16 tokens even an operation that does nothing shows.
-    ids = ids if ids.dtype == torch.int64 else ids.long()
+    if ids.dtype != torch.int64:
+        if ids.dtype != torch.int32:
+            raise Unfit("ids of another dtype")
+        ids = ids.long()
     return ids if ids.shape == shape else ids.expand(shape)

@@ -35,7 +35,7 @@ class MPNetLayer(FusedLayer, modeling_mpnet.MPNetLayer):
             if y is not None:
                 return (y,)
         mask = additive(attention_mask, hidden_states.dtype)
-        return super().forward(hidden_states, mask, position_bias, output_attentions, **kwargs)
+        return self.unfused().forward(self, hidden_states, mask, position_bias, output_attentions, **kwargs)
 
 
 class MPNetEncoder(FusedEncoder, modeling_mpnet.MPNetEncoder):

@@ -2,6 +2,7 @@
 #include "cpu/ops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cpu/check.h"
@@ -111,6 +112,7 @@ Tensor encoder(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor
   require(layers > 0 && static_cast<int64_t>(linears.size()) == 6 * layers, kOp,
           ": expected 6 packed linears a layer (q, k, v, o, ffn1, ffn2) for ", layers, " layers. Got ", linears.size(),
           ".");
+  require(std::isfinite(eps) && eps >= 0.0, kOp, ": expected eps >= 0. Got ", eps, ".");
   const Tensor n = expect(kOp, "norms", norms, ScalarType::Float);
   require(n.dim() == 3 && n.size(0) == layers && n.size(1) == 4 && n.size(2) == h, kOp,
           ": expected norms of shape [layers, 4, H] = [", layers, ", 4, ", h, "]. Got ", shape_of(n), ".");
@@ -121,11 +123,11 @@ Tensor encoder(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor
     cpu::EncoderLayer& e = stack[static_cast<size_t>(l)];
     cpu::Linear* parts[6] = {&e.q, &e.k, &e.v, &e.o, &e.ffn1, &e.ffn2};
     for (int i = 0; i < 6; ++i) {
-      const Tensor& packed = linears[static_cast<size_t>(6 * l + i)];
-      require(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                  cpu::view_linear(packed.const_data_ptr(), packed.numel(), *parts[i]),
-              kOp, ": expected packed weights for ", kNames[i], " of layer ", l, ". Got ", packed.numel(),
-              " other values.");
+      Tensor& packed = linears[static_cast<size_t>(6 * l + i)];  // stays alive to the end of the call
+      const bool bytes = packed.is_cpu() && packed.scalar_type() == ScalarType::Byte;
+      if (bytes) packed = dense(packed);
+      require(bytes && cpu::view_linear(packed.const_data_ptr(), packed.numel(), *parts[i]), kOp,
+              ": expected packed weights for ", kNames[i], " of layer ", l, ". Got ", packed.numel(), " other values.");
     }
     const int64_t wide = e.q.n, ffn = e.ffn1.n, count = heads[static_cast<size_t>(l)];
     const int64_t expected[6][2] = {{wide, h}, {wide, h}, {wide, h}, {h, wide}, {ffn, h}, {h, ffn}};
