@@ -9,8 +9,9 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,16 @@ engines (columns of the table; one that is not installed is reported as absent):
   onnxruntime-int8  ctranslate2-int8  openvino-bf16  openvino-int8; for gemm: bertkern-kernel
   bertkern-int8  bertkern-linear  torch-int8  torch-bf16  torch-fp32. NAME@avx2 caps an engine's instruction set.
 """
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer_config.json",
+)
 
 
 class UsageError(Exception):
@@ -42,15 +53,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
         if os.environ.get("BERTKERN_VERBOSE"):
             raise
-        return _complain(error, 1)
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+            return _complain(f"{package} is not installed here. Run: pip install {package}", 1)
+        expected = isinstance(error, (ImportError, OSError, RuntimeError, ValueError))
+        return _complain(_line(error) if expected else f"{type(error).__name__}: {_line(error)}", 1)
 
 
 def _complain(error: object, status: int) -> int:
     print(f"bertkern: {error}", file=sys.stderr)
     return status
+
+
+def _line(error: object) -> str:
+    """The first line of an error's text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} (BERTKERN_VERBOSE=1 shows all of it)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -169,12 +190,13 @@ def _positive(text: str) -> int:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def doctor(arguments: argparse.Namespace) -> None:
-    """Prints what the build and the machine offer."""
+def doctor(arguments: argparse.Namespace) -> int:
+    """Prints what the build and the machine offer; status 1 where the operators do not load."""
     from bertkern import doctor as examination
 
     facts = examination.collect()
     print(json.dumps(facts, indent=1, default=str) if arguments.json else examination.text(facts))
+    return 1 if facts["build"]["error"] else 0
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -207,40 +229,157 @@ def quantize(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     bertkern.quantize_(model, config)
-    model.save_pretrained(out)
-    _copy_tokenizer(arguments.model, out)
-    after = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    with _staged(out) as folder:
+        model.save_pretrained(folder)
+        _save_tokenizer(arguments.model, folder)
+        _save_sentence_modules(arguments.model, folder)
+        after = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(bertkern.report(model))
     print(f"{out}: {after / 1e6:.1f} MB of weights, from {before / 1e6:.1f} MB")
 
 
 def load_model(name: str) -> Any:
-    """The model in the class that its config names, in eval mode. Raises UsageError where there is none."""
+    """The model in the class that its config names, in eval mode.
+
+    A pooler or head that its files lack starts anew, and a line on stderr says so.
+
+    Raises:
+        UsageError: there is no such model.
+        RuntimeError: its files are damaged or do not fit its config.
+    """
     path = Path(name).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise UsageError(f"MODEL: expected a folder with a config.json. Got {name}.")
+    local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local and not (path / "config.json").is_file():
+        got = name if path.exists() else f"{name}, which does not exist"
+        raise UsageError(f"MODEL: expected a folder with a config.json. Got {got}.")
     import transformers
 
     import bertkern  # noqa: F401 - registers the quantizer, so that int8 models load too
 
-    transformers.utils.logging.disable_progress_bar()
-    source = str(path) if path.exists() else name
+    source = str(path) if local else name
+    with _silent_transformers():
+        try:
+            config = transformers.AutoConfig.from_pretrained(source)
+        except Exception as error:  # whatever its values make transformers raise
+            if local:
+                raise UsageError(f"MODEL: {path / 'config.json'} names no known model: {_line(error)}") from error
+            raise UsageError(f"MODEL: expected a folder or a name on the hub. Got {name!r} ({_line(error)})") from error
+        wanted = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+        cls = getattr(transformers, wanted, transformers.AutoModel)
+        try:
+            # Mismatches are told below; transformers would tell them in a table of its own.
+            model, found = cls.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # of the reader of the files, or of what the config asks for
+            raise RuntimeError(f"MODEL: {source}: {_reason(error)}") from error
+    _check_fit(source, model, found)
+    return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    from bertkern.hf import damage
+
+    known = isinstance(error, (OSError, ValueError, RuntimeError))
+    return _line(error) if known else f"its weights are {damage(error)}"
+
+
+def _check_fit(source: str, model: Any, found: dict[str, Any]) -> None:
+    """Raises RuntimeError where the files do not hold the body of the model; tells where they lack or exceed the rest.
+
+    Args:
+        found: the loading info of transformers.
+    """
+    from bertkern.hf import of_body
+
+    missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    problems = [
+        f"expected {name} of shape {list(wanted)}. Got {list(got)}." for name, got, wanted in found["mismatched_keys"]
+    ]
+    problems += [f"expected {name}. Got none." for name in missing if of_body(model, name)]
+    problems += [f"expected no {name}. Got it." for name in extra if of_body(model, name)]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise RuntimeError(f"MODEL: {source}: the files do not fit the config: {' '.join(problems[:5])}{more}")
+    if missing:
+        _news(f"{source} lacks {_few(missing)}: they start anew, untrained")
+    if extra:
+        _news(f"{source} holds {_few(extra)}, which {type(model).__name__} has no place for")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """What transformers would print while it loads a model stands in one line of ours, or in none."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"MODEL: expected a folder or a name on the hub. Got {name!r} ({first})") from None
-    wanted = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-    return getattr(transformers, wanted, transformers.AutoModel).from_pretrained(source).eval()
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
-def _copy_tokenizer(source: str, out: Path) -> None:
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder to write into; its files move to `out` when all are there, and after a failure `out` is as it was."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.parent / f".{out.name}-{os.getpid()}"
+    staging.mkdir()
+    try:
+        with _silent_transformers():
+            yield staging
+        out.mkdir(exist_ok=True)
+        for file in staging.iterdir():
+            os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save_tokenizer(source: str, out: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
+        # Where there is none, transformers makes an empty one up.
+        if not _has_one_of(source, TOKENIZER_FILES):
+            raise OSError
         AutoTokenizer.from_pretrained(source).save_pretrained(out)
     except (OSError, ValueError, ImportError):
-        print("no tokenizer beside the model: only the weights were saved", file=sys.stderr)
+        _news("no tokenizer beside the model: only the weights are saved")
+
+
+def _save_sentence_modules(source: str, out: Path) -> None:
+    """Copies what makes a SentenceTransformer of a transformer: the list of its modules, and the others among them."""
+    if not _has_one_of(source, ("modules.json",)):
+        return
+    import huggingface_hub
+
+    files = ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=[*files, "*/*.json", "*/*.safetensors"]))
+    for module in json.loads((folder / "modules.json").read_text("utf-8")):
+        name = str(module.get("path", ""))
+        # A name only: a path in a file from elsewhere must not lead out of the folder.
+        if name and Path(name).name == name != ".." and (folder / name).is_dir():
+            shutil.copytree(folder / name, out / name)
+    for name in files:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+
+
+def _has_one_of(source: str, names: Iterable[str]) -> bool:
+    """Whether the folder, or the repository on the hub, holds one of the files."""
+    from transformers.utils import has_file
+
+    return any(has_file(source, name) for name in names)
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -276,6 +415,7 @@ def bench(arguments: argparse.Namespace) -> None:
     else:
         _benchmarks("tables").show(run)
     if arguments.json and arguments.json != "-":
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.json).write_text(json.dumps(run.as_dict(), indent=1) + "\n")
     _save(run, arguments.out, arguments.plot)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,14 @@ def test_no_command_is_a_usage_error(capsys):
         (("bench", "memory", "--engines", "torch-fp32"), "--engines belongs to another benchmark"),
         (("bench", "--threads", "none"), "expected a whole number of at least 1. Got 'none'"),
         (("inspect", "."), "MODEL: expected a folder with a config.json. Got ."),
+        (
+            ("inspect", "./no/such/folder"),
+            "MODEL: expected a folder with a config.json. Got ./no/such/folder, which does",
+        ),
+        (
+            ("quantize", "/no/such/folder", "out"),
+            "expected a folder with a config.json. Got /no/such/folder, which does",
+        ),
     ],
 )
 def test_mistakes_are_explained_in_one_line(capsys, argv, message):
@@ -146,6 +157,8 @@ def test_quantize_saves_a_model_that_loads(capsys, tiny_model, tmp_path):
     status, text, err = run(capsys, "quantize", str(tiny_model), str(out))
     assert status == 0, err
     assert "MB of weights" in text
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert err == "no tokenizer beside the model: only the weights are saved\n"
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
     assert model.config.quantization_config is not None
     with torch.inference_mode():
@@ -157,3 +170,182 @@ def test_quantize_saves_a_model_that_loads(capsys, tiny_model, tmp_path):
     status, _, err = run(capsys, "quantize", str(tiny_model), str(tiny_model), "--force")
     assert status == 2
     assert "expected another folder than MODEL" in err
+    status, _, err = run(capsys, "quantize", str(tiny_model), str(out / "config.json"))
+    assert status == 2
+    assert "OUT: expected a folder. Got the file" in err
+
+
+@pytest.fixture
+def copy(tiny_model, tmp_path) -> Path:
+    """The tiny model in a folder that a test may spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_failure_leaves_the_output_as_it_was(before, capsys, tiny_model, tmp_path, monkeypatch):
+    out = tmp_path / "deep" / "int8"
+    if before:
+        out.mkdir(parents=True)
+        (out / "config.json").write_text(before)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_save_tokenizer", interrupted)
+        status, _, err = run(capsys, "quantize", str(tiny_model), str(out), "--force")
+    assert (status, err) == (130, "bertkern: interrupted\n")
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == (["int8"] if before else [])
+    assert not before or [file.read_text() for file in out.iterdir()] == [before]
+    status, _, err = run(capsys, "quantize", str(tiny_model), str(out), "--force")
+    assert status == 0, err
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def square(rows: int):
+    import torch
+
+    return torch.ones(rows, rows)
+
+
+def change(**tensors):
+    """Exchanges tensors of the model: name -> a function of the old one; None as its result drops it."""
+
+    def spoil(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        stored = load_file(folder / "model.safetensors")
+        for name, new in tensors.items():
+            stored[name.replace("__", ".")] = new(stored.get(name.replace("__", ".")))
+        stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def set_trap(folder: Path) -> None:
+    import torch
+
+    class Trap:
+        def __reduce__(self):
+            return exec, (f"open({str(folder / 'ran')!r}, 'w')",)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"trap": Trap()}, folder / "pytorch_model.bin")
+
+
+def record(**values):
+    """Changes the quantization_config of an int8 model."""
+
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bertkern", **values}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return spoil
+
+
+DENSE = "bert__encoder__layer__1__output__dense__weight"
+SPOILED = {
+    "truncated": (truncate, "its weights are truncated, damaged or holding other objects"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "its weights are truncated, damaged or"),
+    "pickled": (set_trap, "its weights are truncated, damaged or holding other objects: .*nsupported"),
+    "absent": (lambda f: (f / "model.safetensors").unlink(), "[Nn]o file named model.safetensors"),
+    "missing": (
+        change(**{DENSE: lambda _: None}),
+        "do not fit the config: expected bert.*1.output.dense.weight. Got none",
+    ),
+    "extra": (
+        change(bert__encoder__layer__7__output__dense__weight=lambda _: square(3)),
+        "do not fit the config: expected no bert.encoder.layer.7.output.dense.weight. Got it",
+    ),
+    "shape": (
+        change(**{DENSE: lambda w: w[:, :-1].contiguous()}),
+        r"expected bert.encoder.layer.1.output.dense.weight of shape \[64, 128\]. Got \[64, 127\]",
+    ),
+    "no json": (lambda f: (f / "config.json").write_text("{"), "config.json names no known model: .*JSON"),
+    "no type": (lambda f: (f / "config.json").write_text("{}"), "config.json names no known model: .*model_type"),
+    "version": (record(version=2), "Int8Config: expected version 1. Got 2"),
+    "field": (record(groups=128), "Int8Config: expected fields among .* Got \\['groups'\\]"),
+    "int8": (record(), "the checkpoint does not fit: expected bert.*weight_codes. Got none"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_damaged_models_are_explained_in_one_line(kind, capsys, copy, tmp_path):
+    spoil, message = SPOILED[kind]
+    spoil(copy)
+    for command in (["inspect", str(copy)], ["quantize", str(copy), str(tmp_path / "out")]):
+        status, out, err = run(capsys, *command)
+        assert status in (1, 2)
+        assert len(err.splitlines()) == 1 and re.match(f"bertkern: MODEL: {copy}.*{message}", err), err
+        assert out == ""
+    assert not (tmp_path / "out").exists()
+    assert not (copy / "ran").exists()
+
+
+def test_weights_that_cannot_be_quantized(capsys, copy, tmp_path):
+    change(**{DENSE: lambda w: w.fill_(float("inf"))})(copy)
+    status, _, err = run(capsys, "quantize", str(copy), str(tmp_path / "out"))
+    assert status == 1
+    assert "expected bert.encoder.layer.1.output.dense.weight to be finite" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_may_lack_and_old_names_may_stand(capsys, copy):
+    change(
+        classifier__weight=lambda _: None,
+        bert__embeddings__position_ids=lambda _: square(1),
+        cls__predictions__bias=lambda _: square(3),
+    )(copy)
+    status, _, err = run(capsys, "inspect", str(copy))
+    assert status == 0, err
+    first, second = err.splitlines()
+    assert first == f"{copy} lacks classifier.weight: they start anew, untrained"
+    assert second == f"{copy} holds cls.predictions.bias, which BertForSequenceClassification has no place for"
+
+
+def test_what_is_missing_is_named(capsys, monkeypatch, tiny_model):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, _, err = run(capsys, "inspect", str(tiny_model))
+    assert (status, err) == (1, "bertkern: transformers is not installed here. Run: pip install transformers\n")
+
+
+def test_an_unexpected_error_is_one_line_too(capsys, monkeypatch, tiny_model):
+    def fail(*_):
+        raise AssertionError("first\nsecond")
+
+    monkeypatch.setattr(cli, "_check_fit", fail)
+    status, _, err = run(capsys, "inspect", str(tiny_model))
+    assert (status, err) == (1, "bertkern: AssertionError: first (BERTKERN_VERBOSE=1 shows all of it)\n")
+    monkeypatch.setenv("BERTKERN_VERBOSE", "1")
+    with pytest.raises(AssertionError):
+        cli.main(["inspect", str(tiny_model)])
+
+
+def test_quantize_keeps_a_sentence_transformer_whole(capsys, copy, tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    models = pytest.importorskip("sentence_transformers.models")
+    import torch
+    import transformers
+
+    (copy / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]))
+    transformers.AutoTokenizer.from_pretrained(copy).save_pretrained(copy)
+    transformers.BertModel(transformers.AutoConfig.from_pretrained(copy)).save_pretrained(copy)
+    modules = [models.Transformer(str(copy)), models.Pooling(64, "max"), models.Normalize()]
+    whole = tmp_path / "whole"
+    st.SentenceTransformer(modules=modules, device="cpu").save(str(whole))
+    status, _, err = run(capsys, "quantize", str(whole), str(tmp_path / "int8"))
+    assert status == 0, err
+    loaded = st.SentenceTransformer(str(tmp_path / "int8"), device="cpu")
+    assert [type(module).__name__ for module in loaded] == ["Transformer", "Pooling", "Normalize"]
+    assert loaded[0].auto_model.is_quantized
+    vector = loaded.encode("a b c", convert_to_tensor=True)
+    assert float(vector.norm()) == pytest.approx(1, abs=1e-5)
+    expected = st.SentenceTransformer(str(whole), device="cpu").encode("a b c", convert_to_tensor=True)
+    assert float(torch.dot(vector, expected)) > 0.99
