@@ -1,4 +1,10 @@
-"""Q8BERT on the compiled kernels: layers within one code of the simulation, models that accelerate, save and load."""
+"""Q8BERT on the compiled kernels: layers with the bits of the simulation, models that accelerate, save and load.
+
+A linear or table gives the very bits of the simulated one, so a converted model that is not fused does, too. The fused
+encoder has LayerNorm and attention of its own, a last bit away from torch's in places: a value on the border of two
+codes then falls to the other side, and one such fall brings more with every rounding behind it. Most inputs meet none
+and agree to 120 dB and more; those that do part as far as torch does from itself on another instruction set.
+"""
 
 import copy
 
@@ -6,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from bertkern import cpu_isa
 from bertkern.checkpoints import load_checkpoint
 from bertkern.compress.q8bert import FakeQuantEmbedding, FakeQuantLinear, OpSettings, Q8BertConfig, calibrate, convert
 from tests import reference
@@ -33,44 +40,68 @@ def calibrated(class_name: str, config: Q8BertConfig = EXACT_LOGITS) -> nn.Modul
     return model
 
 
+# The portable path has no fused multiply-add, which the simulation computes.
+same_bits = pytest.mark.skipif(cpu_isa() == "portable", reason="the portable path rounds a product before its sum")
+
+
 @pytest.mark.parametrize("requantize", [True, False])
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_each_layer_is_within_one_code(class_name, requantize):
-    simulated = calibrated(class_name, Q8BertConfig.uniform(requantize_output=requantize)).requires_grad_(False)
+    for name, layer, int8, x in pairs(class_name, Q8BertConfig.uniform(requantize_output=requantize)):
+        codes, weights = float(layer.input_thresh) / 127, float(1 / layer.weight_scale())
+        # One input code can fall the other way, times the largest weight; or one output code can.
+        code = float(layer.output_thresh) / 127 if requantize else codes * weights * 127
+        difference = (int8(x) - layer(x)).abs()
+        assert difference.max() <= code * 1.001, name
+        assert (difference > code * 0.01).double().mean() < 0.01, name
+
+
+@same_bits
+@pytest.mark.parametrize("requantize", [True, False])
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_each_layer_has_the_bits_of_the_simulated_one(class_name, requantize):
+    for name, layer, int8, x in pairs(class_name, Q8BertConfig.uniform(requantize_output=requantize)):
+        assert torch.equal(int8(x), layer(x)), name
+
+
+def pairs(class_name: str, config: Q8BertConfig) -> list[tuple[str, nn.Module, nn.Module, torch.Tensor]]:
+    """(name, simulated linear, int8 linear, input) of a model; tables are compared here."""
+    simulated = calibrated(class_name, config).requires_grad_(False)
     converted = convert(copy.deepcopy(simulated))
     torch.manual_seed(0)
+    found = []
     for name, layer in simulated.named_modules():
         int8 = converted.get_submodule(name)
         if isinstance(layer, FakeQuantEmbedding):
-            ids = torch.arange(layer.num_embeddings)
-            torch.testing.assert_close(int8(ids), layer(ids))
+            assert torch.equal(int8(torch.arange(layer.num_embeddings)), layer(torch.arange(layer.num_embeddings)))
         elif isinstance(layer, FakeQuantLinear):
-            x = torch.randn(37, layer.in_features) * layer.input_thresh / 3
-            codes, weights = float(layer.input_thresh) / 127, float(1 / layer.weight_scale())
-            # One input code can fall the other way, times the largest weight; or one output code can.
-            code = float(layer.output_thresh) / 127 if requantize else codes * weights * 127
-            difference = (int8(x) - layer(x)).abs()
-            assert difference.max() <= code * 1.001, name
-            assert (difference > code * 0.01).double().mean() < 0.01, name
+            found.append((name, layer, int8, torch.randn(37, layer.in_features) * layer.input_thresh / 3))
+    assert len(found) >= 12
+    return found
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        batches = [inputs(model, batch=32, seed=s, padding=False) for s in range(10, 14)]
+        return torch.cat([main_output(model(**batch)).flatten(0, -2) for batch in batches])
+
+
+@same_bits
+@pytest.mark.parametrize("config", [Q8BertConfig(), Q8BertConfig.uniform(requantize_output=False)], ids=["all", "in"])
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_whole_models_have_the_bits_of_the_simulated_ones(class_name, config):
+    simulated = calibrated(class_name, config)
+    assert torch.equal(outputs(convert(copy.deepcopy(simulated))), outputs(simulated))
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_whole_models(class_name):
-    """As in test_q8bert_convert: as near to the simulation as its own float64 form is."""
+def test_whole_models_fused(class_name):
     import bertkern
 
     simulated = calibrated(class_name)
-    int8 = bertkern.accelerate(convert(copy.deepcopy(simulated)))
-    exact = copy.deepcopy(simulated).double()
-
-    def outputs(model):
-        with torch.no_grad():
-            batches = [inputs(simulated, batch=32, seed=s, padding=False) for s in range(10, 14)]
-            return torch.cat([main_output(model(**batch)).flatten(0, -2) for batch in batches])
-
-    expected, actual, limit = outputs(simulated), outputs(int8), outputs(exact)
-    assert reference.sqnr(expected, actual) >= min(40, reference.sqnr(expected, limit) - 3)
-    assert reference.agreement(expected, actual) >= min(0.995, reference.agreement(expected, limit) - 0.005)
+    expected, actual = outputs(simulated), outputs(bertkern.accelerate(convert(copy.deepcopy(simulated))))
+    assert reference.sqnr(expected, actual) >= 40
+    assert reference.agreement(expected, actual) >= 0.995
 
 
 @pytest.mark.parametrize("class_name", CLASSES)

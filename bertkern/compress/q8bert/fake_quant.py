@@ -79,6 +79,14 @@ def rounded_bias(bias: Tensor, step: Tensor) -> Tensor:
     return quantize(bias, 1 / step, BIAS_BITS) * step
 
 
+def multiply_add(x: Tensor, factor: Tensor, addend: Tensor | int) -> Tensor:
+    """x * factor + addend in x's dtype, rounded once, as processors with a fused multiply-add compute it."""
+    if x.device.type == "mps":
+        return x * factor + addend  # knows no float64
+    # The product of two fp32 is exact in float64.
+    return (x.double() * factor.double() + addend).to(x.dtype)
+
+
 def _at_least_fp32(x: Tensor) -> Tensor:
     # bf16 and fp16 would round the product before the rounding to codes does.
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

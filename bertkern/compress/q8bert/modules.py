@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import PAPER_SETTINGS, OpSettings
-from .fake_quant import fake_quantize, max_abs, quantize, rounded_bias, scale_of, step_of
+from .fake_quant import fake_quantize, max_abs, multiply_add, quantize, rounded_bias, scale_of, step_of
 
 
 class _FakeQuant(nn.Module):
@@ -182,9 +182,8 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
             step = self._activation_step(x, "input_thresh")
             codes = quantize(x, 1 / step, s.activation_bits)
             step = step * self.weight_step()
-            y = F.linear(codes, self.weight_codes()) * step
-            if self.bias is not None:
-                y = y + rounded_bias(self.bias, step)
+            bias = 0 if self.bias is None else rounded_bias(self.bias, step)
+            y = multiply_add(F.linear(codes, self.weight_codes()), step, bias)
             if s.requantize_output:
                 step = self._activation_step(y, "output_thresh")
                 y = quantize(y, 1 / step, s.activation_bits) * step
