@@ -93,7 +93,6 @@ def test_whole_models_fused(class_name):
 
     simulated = calibrated(class_name)
     expected, actual = outputs(simulated), outputs(bertkern.accelerate(convert(copy.deepcopy(simulated))))
-    print(reference.sqnr(expected, actual), reference.agreement(expected, actual))
     assert reference.sqnr(expected, actual) >= 40
     assert reference.agreement(expected, actual) >= 0.995
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+import bertkern
 from bertkern.checkpoints import load_checkpoint
 from bertkern.compress.q8bert import FakeQuantLinear, OpSettings, Q8BertConfig, convert, prepare_qat
 from tests import reference
@@ -92,12 +93,35 @@ def test_training_resumes_from_the_loaded_ranges(trained):
     assert float(model.classifier.input_thresh) == pytest.approx(before, rel=0.2)
 
 
-def test_the_trained_model_converts(trained, reference_kernels):
+@pytest.fixture(scope="module")
+def int8(trained):
+    """The int8 model of the trained one, fused."""
+    return bertkern.accelerate(convert(load_checkpoint(trained[1])))
+
+
+def test_the_trained_model_converts(trained, int8):
     simulated = load_checkpoint(trained[1])
     data = Majority(1000, 4)
     with torch.no_grad():
         expected = simulated(data.ids).logits
-        actual = convert(simulated)(data.ids).logits
+        actual = int8(data.ids).logits
+        unfused = convert(simulated)(data.ids).logits
     assert (expected.argmax(-1) == data.labels).double().mean() > 0.95
     assert reference.sqnr(expected, actual) >= 40
     assert reference.agreement(expected, actual) >= 0.995
+    assert bertkern.cpu_isa() == "portable" or torch.equal(unfused, expected)
+    assert not bertkern.report(int8).fallbacks
+
+
+def test_trainer_evaluates_the_int8_model_before_and_after_saving(trained, int8, tmp_path):
+    trainer, _ = trained
+    int8.save_pretrained(tmp_path)
+    loaded = type(int8).from_pretrained(tmp_path)
+    simulated = trainer.evaluate()["eval_loss"]
+    kind = type(trainer)
+    before, after = (
+        kind(model, trainer.args, eval_dataset=trainer.eval_dataset).evaluate()["eval_loss"] for model in (int8, loaded)
+    )
+    assert before == after
+    assert before == pytest.approx(simulated, rel=1e-2)
+    assert loaded.config.quantization_config.config.activation == "static"
