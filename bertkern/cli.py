@@ -26,6 +26,7 @@ engines (columns of the table; one that is not installed is reported as absent):
   bertkern-int8  bertkern-linear  torch-int8  torch-bf16  torch-fp32. NAME@avx2 caps an engine's instruction set.
 """
 
+SCALES = "a scale for each output (per_channel, the default) or for each layer (per_tensor)"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",
@@ -115,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _model_argument(sub)
     sub.add_argument("out", metavar="OUT", type=Path, help="folder to write, with the tokenizer beside the weights")
-    sub.add_argument("--weight", choices=("per_channel", "per_tensor"), default="per_channel", help="%(default)s")
+    sub.add_argument("--weight", choices=("per_channel", "per_tensor"), default="per_channel", help=SCALES)
     sub.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="modules to leave; may be repeated")
     sub.add_argument("--no-embeddings", action="store_true", help="leave the embedding tables")
     sub.add_argument("--no-pooler", action="store_true", help="leave the pooler")

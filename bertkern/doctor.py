@@ -51,8 +51,8 @@ def hints(facts: dict[str, Any]) -> list[str]:
         found.append(build["error"])
     elif not build["host_module"]:
         found.append(
-            f"The host module was built for another Python than {versions['python']}: the operators work, but "
-            "cache sizes, build flags and peaks are unknown. Build from the sources to have them."
+            f"There is no host module for Python {versions['python']} here: all else works, but the processor's name, "
+            "cache sizes, build flags and peaks are unknown. Build with this Python to have them."
         )
     if processor["isa_error"]:
         found.append(processor["isa_error"])

@@ -140,6 +140,13 @@ def test_doctor(capsys):
     assert len(out.splitlines()) > 3
 
 
+def test_doctor_fails_where_the_operators_do(capsys, monkeypatch):
+    monkeypatch.setattr("bertkern.doctor._load_error", lambda: "bertkern's operators are not built. Run ...")
+    status, out, _ = run(capsys, "doctor")
+    assert status == 1
+    assert "  bertkern's operators are not built. Run ..." in out.splitlines()
+
+
 def test_inspect(capsys, tiny_model):
     status, out, err = run(capsys, "inspect", str(tiny_model))
     assert status == 0, err

@@ -70,7 +70,7 @@ def hints_after(facts, **changes) -> list[str]:
             },
             "BERTKERN_CPU_ISA=avx2 caps this processor, which has avx512vnni.",
         ),
-        ({"build__error": None, "build__host_module": False}, "built for another Python"),
+        ({"build__error": None, "build__host_module": False}, "There is no host module for Python"),
         ({"build__error": "not built"}, "not built"),
     ],
 )
