@@ -56,11 +56,15 @@ class CheckedTensors:
             return stand_in
         return tensor
 
-    def take_codes(self, name: str, shape: Iterable[int]) -> Tensor:
-        """Symmetric int8 codes: -128 is none."""
+    def take_codes(self, name: str, shape: Iterable[int], bits: int = 8) -> Tensor:
+        """Symmetric codes of `bits` bits, held as int8: -128 is none."""
         codes = self.take(name, shape, torch.int8)
-        if codes.numel() and int(codes.min()) < -127:
-            self.wrong(f"expected {name} to hold codes in [-127, 127]. Got -128.")
+        limit = 2 ** (bits - 1) - 1
+        if codes.numel():
+            low, high = map(int, torch.aminmax(codes))
+            if low < -limit or high > limit:
+                outside = low if low < -limit else high
+                self.wrong(f"expected {name} to hold codes in [-{limit}, {limit}]. Got {outside}.")
         return codes
 
     def pass_over(self, *names: str) -> None:

@@ -155,7 +155,14 @@ def _build(
     model_class = model_class or _model_class(values, tensors)
     # Weights are drawn and at once overwritten; the caller's random numbers are not to notice.
     with torch.random.fork_rng(devices=[]):
-        return model_class(_model_config(values))
+        try:
+            return model_class(_model_config(values))
+        # Which exception an impossible width, name or kind raises is up to transformers and torch.
+        except Exception as error:
+            raise ValueError(
+                f"load_checkpoint: expected config.json to describe a {model_class.__name__}. Got one of which none "
+                f"can be made: {error}"
+            ) from None
 
 
 def _model_config(values: dict[str, Any]) -> PretrainedConfig:
@@ -170,7 +177,8 @@ def _model_config(values: dict[str, Any]) -> PretrainedConfig:
 def _model_class(values: dict[str, Any], tensors: dict[str, Tensor]) -> type[PreTrainedModel]:
     for name in values.get("architectures") or ():
         found = getattr(transformers, name.removeprefix("Quantized"), None)
-        if found is not None:
+        # The name comes from a file: nothing but a model is to be called by it.
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     heads = {name.split(".")[0] for name in tensors} - {"bert"}
     if "qa_outputs" in heads:
@@ -195,7 +203,7 @@ def _settings(role: Role, declared: Q8BertConfig | None, checked: CheckedTensors
 
 def _take_linear(role: Role, settings: OpSettings, checked: CheckedTensors) -> Int8Parts:
     name, n = role.name, role.module.out_features
-    codes = checked.take_codes(f"{name}.quantized_weight", role.module.weight.shape)
+    codes = checked.take_codes(f"{name}.quantized_weight", role.module.weight.shape, settings.weight_bits)
     weight_multiplier = checked.take(f"{name}._weight_scale", None, torch.float32, positive=True)
     zero = torch.zeros(())
     if settings.mode == "dynamic":
@@ -221,7 +229,7 @@ def _take_linear(role: Role, settings: OpSettings, checked: CheckedTensors) -> I
 
 
 def _take_table(role: Role, settings: OpSettings, checked: CheckedTensors) -> tuple[Tensor, Tensor, int | None]:
-    codes = checked.take_codes(f"{role.name}.quantized_weight", role.module.weight.shape)
+    codes = checked.take_codes(f"{role.name}.quantized_weight", role.module.weight.shape, settings.weight_bits)
     multiplier = checked.take(f"{role.name}._weight_scale", None, torch.float32, positive=True)
     return codes, 1 / multiplier.reshape(1), role.module.padding_idx
 

@@ -284,6 +284,15 @@ def test_config_and_paths(tmp_path):
         ({"attention_query": {"mode": "int4"}}, "attention_query: .* Got 'int4'"),
         ({"attention_query": {"mode": "none"}}, f"expected {QUERY}.weight, float32"),
         ({"num_labels": 4}, r"classifier.quantized_weight of shape \[4, 48\]. Got \[3, 48\]"),
+        ({"num_hidden_layers": 3}, r"expected bert.encoder.layer.2.attention.self.query.quantized_weight, .* no such"),
+        ({"num_hidden_layers": 1}, r"expected no tensor bert.encoder.layer.1.* Got one"),
+        ({"attention_query": {"mode": "ema", "weight_bits": 4}}, r"quantized_weight to hold codes in \[-7, 7\]. Got -"),
+        ({"num_attention_heads": 5}, "to describe a BertForSequenceClassification. Got one of which none can be made"),
+        ({"hidden_size": -4}, "to describe a BertForSequenceClassification"),
+        ({"hidden_act": "nope"}, "to describe a BertForSequenceClassification.*nope"),
+        # What transformers holds under a name need not be a model.
+        ({"architectures": ["BertConfig"]}, "to name the class under architectures"),
+        ({"architectures": ["logging"]}, "to name the class under architectures"),
     ):
         config.write_text(json.dumps(values | change))
         with pytest.raises(ValueError, match=message):
