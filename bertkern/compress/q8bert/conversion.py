@@ -32,12 +32,18 @@ class Int8Parts:
 def convert(model: nn.Module) -> nn.Module:
     """Exchanges every fake-quantized layer of `model` for its int8 layer, in place, and returns the model.
 
-    The codes of weights and tables are those that training saw. Static ranges become static input and output steps,
-    and biases keep the rounding to 32 bits that the simulation gave them, so each layer is within one code of the
-    simulated one. Mode "dynamic" becomes dynamic per token, without requantized outputs: the simulation takes the
-    range of the whole batch instead, which is coarser and depends on the company a sequence stands in.
-    Layers of mode "none" become plain ones again. Tied tables and decoders share their codes. The layers run on the
-    kernels one by one; `bertkern.accelerate(model)` then fuses the encoder.
+    The codes of weights and tables are those that training saw, static ranges become static input and output steps, and
+    biases keep the rounding to 32 bits that the simulation gave them. So each layer, and a model of them, gives the bits
+    of the simulated one while sums of products stay below 2^24; else each layer is within one code. Mode "dynamic" becomes dynamic per token, without requantized outputs: the simulation
+    takes the range of the whole batch instead, which is coarser and depends on the company a sequence stands in.
+    Layers of mode "none" become plain ones again. Tied tables and decoders share their codes.
+
+    The layers run on the kernels one by one; `bertkern.accelerate(model)` then fuses the encoder, whose LayerNorm and
+    attention differ from torch's in last bits. Where that moves a value across the border of two codes, what follows is
+    rounded anew, as it is when torch runs on another instruction set. all-MiniLM-L6-v2 trained on film reviews, logits
+    of 1,000 others: 94.7 % agree to 40 dB and more, all together to 34.0 dB, 99.6 % in their answer; torch without its
+    vector instructions has 96.0 %, 35.0 dB and 99.9 %. Trained without requantized outputs: 96.6 %, 43.3 dB, 100 %;
+    torch 96.3 %, 41.7 dB, 99.9 %. (benchmarks/q8bert.py)
 
     Args:
         model: trained after `prepare_qat`, calibrated by `calibrate`, or a single fake-quantized layer.
