@@ -34,9 +34,10 @@ def convert(model: nn.Module) -> nn.Module:
 
     The codes of weights and tables are those that training saw, static ranges become static input and output steps, and
     biases keep the rounding to 32 bits that the simulation gave them. So each layer, and a model of them, gives the bits
-    of the simulated one while sums of products stay below 2^24; else each layer is within one code. Mode "dynamic" becomes dynamic per token, without requantized outputs: the simulation
-    takes the range of the whole batch instead, which is coarser and depends on the company a sequence stands in.
-    Layers of mode "none" become plain ones again. Tied tables and decoders share their codes.
+    of the simulated one while sums of products stay below 2^24; else each layer is within one code. Mode "dynamic"
+    becomes dynamic per token, without requantized outputs: the simulation takes the range of the whole batch instead,
+    which is coarser and depends on the company a sequence stands in. Layers of mode "none" become plain ones again.
+    Tied tables and decoders share their codes.
 
     The layers run on the kernels one by one; `bertkern.accelerate(model)` then fuses the encoder, whose LayerNorm and
     attention differ from torch's in last bits. Where that moves a value across the border of two codes, what follows is
