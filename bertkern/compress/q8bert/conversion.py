@@ -33,8 +33,8 @@ def convert(model: nn.Module) -> nn.Module:
     """Exchanges every fake-quantized layer of `model` for its int8 layer, in place, and returns the model.
 
     The codes of weights and tables are those that training saw, static ranges become static input and output steps, and
-    biases keep the rounding to 32 bits that the simulation gave them. So each layer, and a model of them, gives the bits
-    of the simulated one while sums of products stay below 2^24; else each layer is within one code. Mode "dynamic"
+    biases keep the rounding to 32 bits that the simulation gave them. So each layer, and a model of them, gives the
+    bits of the simulated one while sums of products stay below 2^24; else each layer is within one code. Mode "dynamic"
     becomes dynamic per token, without requantized outputs: the simulation takes the range of the whole batch instead,
     which is coarser and depends on the company a sequence stands in. Layers of mode "none" become plain ones again.
     Tied tables and decoders share their codes.
