@@ -1,6 +1,6 @@
 // AVX-512 BF16: vdpbf16ps, two products a lane and step. The instruction flushes denormals and rounds to nearest even
-// whatever MXCSR says.
-#include "cpu/gemm/tile.h"
+// whatever MXCSR says. int8 is here once more because its tile rounds to bf16.
+#include "cpu/gemm/dot_vnni.h"
 
 namespace bertkern::cpu {
 namespace {
@@ -17,3 +17,4 @@ struct Dot_dpbf16 : Dot_f32 {
 }  // namespace bertkern::cpu
 
 BERTKERN_DEFINE_TILES(dpbf16, bf16, avx512bf16, 14)
+BERTKERN_DEFINE_TILES(vnni, s8, avx512bf16, 14)

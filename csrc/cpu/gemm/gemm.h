@@ -41,8 +41,9 @@ struct TileOutput {
   const float* row_scale;
   const float* residual;
   int64_t residual_pitch;
-  float* out;  // 32 columns of every row are written
+  void* out;  // fp32 or bf16; 32 columns of every row are written
   int64_t pitch;
+  bool bf16;
   const char* ahead;  // fetched into the L2 cache meanwhile, `ahead_step` <= 64 bytes a step of KD
   int64_t ahead_step;
 };

@@ -203,16 +203,18 @@ void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_
   const RowKernels& kernels = row_kernels();
   const bool integer = linear.kind == WeightKind::s8;
   const void* start = integer ? static_cast<const void*>(init ? init : linear.init) : linear.bias;
-  const bool plain = output.activation == Activation::none && linear.output_scale <= 0.0f && output.dtype == Dtype::f32;
+  const bool bf16 = output.dtype == Dtype::bf16;
+  const bool plain = output.activation == Activation::none && linear.output_scale <= 0.0f;
+  const bool in_tile = plain && (output.dtype == Dtype::f32 || bf16);
   alignas(64) float buffer[kMaxRows * kPanel];
   for (int64_t p = p0; p < p1; ++p) {
     const uint32_t* panel = linear.weights + p * linear.kd * kPanel;
     const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
-    const bool direct = plain && columns == kPanel;
+    const bool direct = in_tile && columns == kPanel;
     TileOutput sums{};
     sums.init = static_cast<const char*>(start) + column * 4;
     if (integer) sums.weight_scale = linear.scale + column, sums.bias = linear.bias + column;
-    sums.out = buffer, sums.pitch = kPanel;
+    sums.out = buffer, sums.pitch = kPanel, sums.bf16 = direct && bf16;
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
     const uint32_t* next = p + 1 < p1 ? panel + linear.kd * kPanel : output.after;
@@ -230,7 +232,8 @@ void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_
         if (integer) sums.row_scale = rows.scale + r;
         if (direct) {
           sums.residual = residual, sums.residual_pitch = output.residual_pitch;
-          sums.out = static_cast<float*>(output.out) + r * output.out_pitch + column, sums.pitch = output.out_pitch;
+          sums.out = static_cast<char*>(output.out) + (r * output.out_pitch + column) * dtype_size(output.dtype);
+          sums.pitch = output.out_pitch;
         }
         tiles.tile[mr](rows.group_data(g) + (r - begin), rows.pitch(), panel, linear.kd, sums);
         if (!direct) {

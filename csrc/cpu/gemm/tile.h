@@ -67,7 +67,7 @@ struct Dot_madd {
 };
 #endif
 
-template <class Dot, int MR, bool kResidual>
+template <class Dot, int MR, bool kResidual, bool kBf16>
 BK_INLINE void finish(typename Dot::Acc (&acc)[MR][2], int64_t j, const TileOutput& o) {
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
@@ -80,7 +80,10 @@ BK_INLINE void finish(typename Dot::Acc (&acc)[MR][2], int64_t j, const TileOutp
       if (Dot::kInteger)
         y = vadd(vmul(y, vmul(vset(o.row_scale[r]), scale)), bias);  // unfused: equal bits on every ISA
       if (kResidual) y = vadd(y, vload(o.residual + r * o.residual_pitch + n));
-      vstore(o.out + r * o.pitch + n, y);
+      if (kBf16)
+        vstore_bf16_n(static_cast<uint16_t*>(o.out) + r * o.pitch + n, y, kWidth);
+      else
+        vstore(static_cast<float*>(o.out) + r * o.pitch + n, y);
     }
   }
 }
@@ -90,8 +93,10 @@ void tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const T
   constexpr int V = 2;
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
-    __builtin_prefetch(o.out + r * o.pitch, 1);
-    __builtin_prefetch(o.out + r * o.pitch + kPanel / 2, 1);
+    const int64_t bytes = o.bf16 ? 2 : 4;
+    const char* out = static_cast<const char*>(o.out) + r * o.pitch * bytes;
+    __builtin_prefetch(out, 1);
+    __builtin_prefetch(out + kPanel * bytes - 1, 1);
   }
   for (int64_t j = 0; j < kPanel; j += kWidth * V) {
     typename Dot::Acc acc[MR][V];
@@ -119,10 +124,10 @@ void tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const T
         for (int v = 0; v < V; ++v) Dot::step(acc[r][v], x, w[v]);
       }
     }
-    if (o.residual)
-      finish<Dot, MR, true>(acc, j, o);
+    if (o.bf16)
+      o.residual ? finish<Dot, MR, true, true>(acc, j, o) : finish<Dot, MR, false, true>(acc, j, o);
     else
-      finish<Dot, MR, false>(acc, j, o);
+      o.residual ? finish<Dot, MR, true, false>(acc, j, o) : finish<Dot, MR, false, false>(acc, j, o);
   }
 }
 
