@@ -118,7 +118,7 @@ class _FusedLayers(Fused):
         try:
             return self._run(x, mask, others, options, bias, states)
         except Unfit as reason:
-            self.fell_back(str(reason))
+            self.fell_back(reason.args[0])
             return None
 
     def _run(
@@ -277,7 +277,7 @@ class FusedEmbeddings(Fused):
         try:
             return self._embed(ids, *others)
         except Unfit as reason:
-            self.fell_back(str(reason))
+            self.fell_back(reason.args[0])
             return None
 
     def _embed(self, ids: Tensor | None, *others: Tensor) -> Tensor:

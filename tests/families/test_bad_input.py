@@ -65,7 +65,7 @@ def test_odd_masks(family, mask):
         except Exception as error:
             pytest.skip(f"the untouched model fails: {error}")
         got = bk.accelerate(model)(input_ids=IDS, attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,6 +97,10 @@ def test_a_model_without_data(family):
     model, source = make(family + "Model"), make(family + "Model")
     with torch.no_grad():
         expected = source(input_ids=IDS).last_hidden_state
+        try:
+            make(family + "Model").to("meta")(input_ids=IDS.to("meta"))
+        except Exception as error:
+            pytest.skip(f"the untouched model fails: {error}")
         bk.accelerate(model.to("meta"))
         assert model(input_ids=IDS.to("meta")).last_hidden_state.shape == expected.shape
         model.to_empty(device="cpu").load_state_dict(source.state_dict())
