@@ -50,6 +50,12 @@ def _(weight_codes, weight_scale, bias, input_scale=0.0, input_zero_point=0, out
     return weight_codes.new_empty(_packed_size(*weight_codes.shape, "s8"), dtype=torch.uint8)
 
 
+@_shapes("pack_sparse_linear")
+def _(crow, col, values, n, k, weight_scale, bias, input_scale=0.0, input_zero_point=0, output_scale=0.0, form=0):
+    size = torch.library.get_ctx().new_dynamic_size()
+    return values.new_empty(size, dtype=torch.uint8)
+
+
 @_shapes("unpack_linear")
 def _(packed) -> tuple[Tensor, Tensor, Tensor]:
     raise RuntimeError("unpack_linear: expected packed weights with data, which hold their shape. Got none.")

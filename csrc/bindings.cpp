@@ -11,6 +11,9 @@ STABLE_TORCH_LIBRARY(bertkern, m) {
   m.def(
       "pack_qlinear(Tensor weight_codes, Tensor weight_scale, Tensor? bias, float input_scale=0., "
       "int input_zero_point=0, float output_scale=0.) -> Tensor");
+  m.def(
+      "pack_sparse_linear(Tensor crow, Tensor col, Tensor values, SymInt n, SymInt k, Tensor? weight_scale, "
+      "Tensor? bias, float input_scale=0., int input_zero_point=0, float output_scale=0., int form=0) -> Tensor");
   m.def("unpack_linear(Tensor packed) -> (Tensor, Tensor, Tensor)");
   m.def(
       "linear(Tensor x, Tensor packed, SymInt out_features, int activation=0, Tensor? residual=None, "
@@ -45,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(bertkern, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(bertkern, CPU, m) {
   m.impl("pack_linear", TORCH_BOX(&bertkern::ops::pack_linear));
   m.impl("pack_qlinear", TORCH_BOX(&bertkern::ops::pack_qlinear));
+  m.impl("pack_sparse_linear", TORCH_BOX(&bertkern::ops::pack_sparse_linear));
   m.impl("unpack_linear", TORCH_BOX(&bertkern::ops::unpack_linear));
   m.impl("linear", TORCH_BOX(&bertkern::ops::linear));
   m.impl("quantize_rows", TORCH_BOX(&bertkern::ops::quantize_rows));

@@ -17,6 +17,9 @@ int64_t cpu_isa();
 Tensor pack_linear(const Tensor& weight, std::optional<Tensor> bias);
 Tensor pack_qlinear(const Tensor& codes, const Tensor& scale, std::optional<Tensor> bias, double input_scale,
                     int64_t input_zero_point, double output_scale);
+Tensor pack_sparse_linear(const Tensor& crow, const Tensor& col, const Tensor& values, int64_t n, int64_t k,
+                          std::optional<Tensor> weight_scale, std::optional<Tensor> bias, double input_scale,
+                          int64_t input_zero_point, double output_scale, int64_t form);
 std::tuple<Tensor, Tensor, Tensor> unpack_linear(const Tensor& packed);
 Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, int64_t activation,
               std::optional<Tensor> residual, std::optional<ScalarType> out_dtype);

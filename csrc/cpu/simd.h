@@ -119,11 +119,8 @@ BK_INLINE vf vload_s8_n(const int8_t* p, int64_t n) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
 }
 
-// dst[j][i] = src[i][j] for a 16 x 16 block.
-BK_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
-  __m512 r[16], t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(src + i * ld_src);
+BK_INLINE void transpose_lanes(vf (&r)[16]) {
+  vf t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -147,10 +144,10 @@ BK_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_ps(dst + (0 + i) * ld_dst, _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88));
-    _mm512_storeu_ps(dst + (4 + i) * ld_dst, _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88));
-    _mm512_storeu_ps(dst + (8 + i) * ld_dst, _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd));
-    _mm512_storeu_ps(dst + (12 + i) * ld_dst, _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd));
+    r[0 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+    r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
   }
 }
 
@@ -255,10 +252,8 @@ BK_INLINE vf vload_s8_n(const int8_t* p, int64_t n) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lanes))));
 }
 
-BK_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
-  __m256 r[8], t[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * ld_src);
+BK_INLINE void transpose_lanes(vf (&r)[8]) {
+  vf t[8], u[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -266,15 +261,15 @@ BK_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(dst + i * ld_dst, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
-    _mm256_storeu_ps(dst + (4 + i) * ld_dst, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+    r[i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
+    r[4 + i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
   }
 }
 
@@ -380,9 +375,10 @@ BK_INLINE vf vload_s8_n(const int8_t* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(p[i]);
   return x;
 }
-BK_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+BK_INLINE void transpose_lanes(vf (&r)[4]) {
+  const vf t[4] = {r[0], r[1], r[2], r[3]};
   for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) dst[j * ld_dst + i] = src[i * ld_src + j];
+    for (int j = 0; j < 4; ++j) r[j][i] = t[i][j];
 }
 #endif
 
@@ -402,6 +398,16 @@ BK_INLINE vf vexp(vf x) {
   p = vfma(p, r, vset(5.0000001201e-1f));
   p = vadd(vfma(p, vmul(r, r), r), vset(1.0f));
   return select_lt(x, low, vset(0.0f), vmul(p, pow2(n)));
+}
+
+// dst[j][i] = src[i][j] for kWidth x kWidth elements.
+BK_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  vf r[kWidth];
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) r[i] = vload(src + i * ld_src);
+  transpose_lanes(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) vstore(dst + i * ld_dst, r[i]);
 }
 
 // dst[j][i] = src[i][j], any size; the tails go element by element.

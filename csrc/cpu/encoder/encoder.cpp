@@ -173,9 +173,9 @@ struct Encoder {
       while (i + 1 < count && p >= linear[i]->panels) p -= linear[i++]->panels;
       return i;
     }
-    const uint32_t* weights(int64_t p) const {
+    Piece weights(int64_t p) const {
       const int i = at(p);
-      return linear[i]->weights + p * linear[i]->kd * kPanel;
+      return panel_weights(*linear[i], p);
     }
   };
 

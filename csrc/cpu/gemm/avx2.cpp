@@ -1,5 +1,5 @@
 // AVX2: up to 6 x 16 fp32, two passes over a panel.
-#include "cpu/gemm/tile.h"
+#include "cpu/gemm/tiles.h"
 
 BERTKERN_DEFINE_TILES(f32, f32, avx2, 6)
 BERTKERN_DEFINE_TILES(bf16, bf16, avx2, 4)

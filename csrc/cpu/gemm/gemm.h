@@ -16,8 +16,16 @@
 // Activations are unsigned codes u with a zero point z, weights signed: sum (u - z) w = sum u w - z sum w. The second
 // term does not depend on the activations: it is the `init` of the accumulators.
 //
-// Every output is summed along K in ascending order in one accumulator, in every tile of one kernel: a row's result
-// does not depend on the rows beside it. (int32 sums are exact, hence equal on all ISAs.)
+// Every output is summed along K in one accumulator, in an order that the packed weights fix, in every tile of one
+// kernel: a row's result does not depend on the rows beside it. (int32 sums are exact, hence equal on all ISAs.)
+//
+// Sparse weights list the dwords of K at which they are not zero, and nothing else is stored or read:
+//
+//   panels   a panel lists dwords where its features have a nonzero: those of both halves of 16 features, then of the
+//            first half alone, of the second alone. Lanes are features, as in the dense tile.
+//   tokens   every R = 1, 2 or 4 features have a list of their own: [entry][R] dwords. Lanes are rows of X, which lie
+//            in groups of kTokens: [KD][planes][kTokens]. A list is cut at multiples of kChunk dwords of K, so that
+//            the rows of X read meanwhile fit into the L1 cache.
 #pragma once
 
 #include <stdint.h>
@@ -26,8 +34,10 @@
 
 namespace bertkern::cpu {
 
-constexpr int64_t kPanel = 32;
+constexpr int64_t kPanel = 32, kHalfPanel = 16;
 constexpr int kMaxRows = 14;
+constexpr int64_t kTokens = 16;  // rows of X in a group where lanes are rows
+constexpr int64_t kChunk = 128;
 
 enum class WeightKind : int32_t { f32 = 0, bf16 = 1, s8 = 2 };
 
@@ -50,10 +60,35 @@ struct TileOutput {
 
 using TileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const TileOutput& output);
 
+struct SparsePanel {
+  const uint32_t* index;    // [both + half[0] + half[1]], ascending within each of the three
+  const uint32_t* weights;  // [both][32], [half[0]][16], [half[1]][16] dwords
+  int64_t both, half[2];
+};
+
+using SparseTileFn = void (*)(const uint32_t* a, int64_t lda, const SparsePanel& b, const TileOutput& output);
+
+struct TokenPanel {
+  const uint32_t* begin;  // [32 / R][chunks + 1]: entries of the features' list, by chunk of K
+  const uint16_t* index;
+  const uint32_t* weights;  // [entry][R]
+  int64_t chunks;
+};
+
+// sums[n][row] += the dot products over chunks [chunk0, chunk1), for `groups` groups of kTokens rows, `group_dwords`
+// apart; they start from init[n] where that is given. Sums are int32 (s8) or fp32.
+using TokensFn = void (*)(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, int64_t chunk0,
+                          int64_t chunk1, const void* init, uint32_t* sums, int64_t pitch);
+// What TileOutput says, for up to kTokens rows of fp32: the sums, made floats of and transposed. No residual.
+using FinishTokensFn = void (*)(const uint32_t* sums, int64_t pitch, int64_t rows, const TileOutput& output);
+
 struct TileKernels {
   int max_mr;
   int planes;
-  TileFn tile[kMaxRows + 1];  // by mr; [0] is null
+  TileFn tile[kMaxRows + 1];               // by mr; [0] is null
+  SparseTileFn sparse_tile[kMaxRows + 1];  // by mr; [0] is null
+  TokensFn tokens[3];                      // R = 1, 2, 4
+  FinishTokensFn finish_tokens;
 };
 
 const TileKernels& tile_kernels(WeightKind kind);           // of active_isa()

@@ -1,104 +1,12 @@
-#include "cpu/gemm/linear.h"
-
+// The left operand of a product, and the loops over its tiles.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "cpu/gemm/linear.h"
 #include "cpu/scratch.h"
 
 namespace bertkern::cpu {
-
-namespace {
-
-int64_t values_per_dword(WeightKind kind) { return kind == WeightKind::s8 ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
-int64_t value_bytes(WeightKind kind) { return 4 / values_per_dword(kind); }
-int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
-
-}  // namespace
-
-int64_t dword_count(WeightKind kind, int64_t k) {
-  const int64_t values = values_per_dword(kind);
-  return (k + values - 1) / values;
-}
-
-int64_t packed_bytes(WeightKind kind, int64_t n, int64_t k) {
-  const int64_t np = padded(n);
-  const int64_t vectors = kind == WeightKind::s8 ? 4 : 1;
-  return static_cast<int64_t>(sizeof(LinearHeader)) + np * dword_count(kind, k) * 4 + vectors * np * 4;
-}
-
-bool view_linear(const void* data, int64_t bytes, Linear& linear) {
-  LinearHeader header;
-  if (bytes < static_cast<int64_t>(sizeof header)) return false;
-  std::memcpy(&header, data, sizeof header);
-  if (header.magic != kLinearMagic || header.kind < 0 || header.kind > 2) return false;
-  if (header.n < 0 || header.k < 0 || header.n > (int64_t{1} << 31) || header.k > (int64_t{1} << 31)) return false;
-  const WeightKind kind = static_cast<WeightKind>(header.kind);
-  if (bytes != packed_bytes(kind, header.n, header.k)) return false;
-  const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
-  linear.kind = kind;
-  linear.n = header.n, linear.k = header.k, linear.kd = kd, linear.panels = np / kPanel;
-  linear.weights = reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + sizeof header);
-  const uint32_t* tail = linear.weights + np * kd;
-  linear.init = linear.column_sum = nullptr;
-  linear.scale = nullptr;
-  if (kind == WeightKind::s8) {
-    linear.init = reinterpret_cast<const int32_t*>(tail);
-    linear.column_sum = linear.init + np;
-    linear.scale = reinterpret_cast<const float*>(linear.column_sum + np);
-    tail += 3 * np;
-  }
-  linear.bias = reinterpret_cast<const float*>(tail);
-  linear.input_scale = header.input_scale, linear.input_zero = header.input_zero;
-  linear.output_scale = header.output_scale, linear.has_bias = header.has_bias != 0;
-  return true;
-}
-
-void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
-                 const float* bias, void* out) {
-  const WeightKind kind = static_cast<WeightKind>(header.kind);
-  const int64_t n = header.n, k = header.k, np = padded(n), kd = dword_count(kind, k);
-  std::memset(out, 0, static_cast<size_t>(packed_bytes(kind, n, k)));
-  std::memcpy(out, &header, sizeof header);
-  char* weights = static_cast<char*>(out) + sizeof header;
-  const int64_t bytes = value_bytes(kind), per_dword = values_per_dword(kind);
-  for (int64_t i = 0; i < n; ++i) {
-    const char* row = static_cast<const char*>(weight) + i * k * bytes;
-    char* column = weights + ((i / kPanel) * kd * kPanel + i % kPanel) * 4;
-    for (int64_t d = 0; d < kd; ++d)
-      std::memcpy(column + d * kPanel * 4, row + d * 4,
-                  static_cast<size_t>(std::min(per_dword, k - d * per_dword) * bytes));
-  }
-  char* tail = weights + np * kd * 4;
-  if (kind == WeightKind::s8) {
-    int32_t* init = reinterpret_cast<int32_t*>(tail);
-    int32_t* column_sum = init + np;
-    float* scales = reinterpret_cast<float*>(column_sum + np);
-    for (int64_t i = 0; i < n; ++i) {
-      const int8_t* row = static_cast<const int8_t*>(weight) + i * k;
-      int32_t sum = 0;
-      for (int64_t j = 0; j < k; ++j) sum += row[j];
-      column_sum[i] = sum;
-      init[i] = -header.input_zero * sum;
-      scales[i] = scale[scale_count == 1 ? 0 : i];
-    }
-    tail += 3 * np * 4;
-  }
-  if (bias) std::memcpy(tail, bias, static_cast<size_t>(n) * 4);
-}
-
-void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias) {
-  const int64_t bytes = value_bytes(linear.kind), per_dword = values_per_dword(linear.kind);
-  for (int64_t i = 0; i < linear.n; ++i) {
-    char* row = static_cast<char*>(weight) + i * linear.k * bytes;
-    const uint32_t* column = linear.weights + (i / kPanel) * linear.kd * kPanel + i % kPanel;
-    for (int64_t d = 0; d < linear.kd; ++d)
-      std::memcpy(row + d * 4, column + d * kPanel,
-                  static_cast<size_t>(std::min(per_dword, linear.k - d * per_dword) * bytes));
-  }
-  if (linear.kind == WeightKind::s8) std::memcpy(scale, linear.scale, static_cast<size_t>(linear.n) * 4);
-  std::memcpy(bias, linear.bias, static_cast<size_t>(linear.n) * 4);
-}
 
 namespace {
 
@@ -106,14 +14,15 @@ constexpr int64_t kLeastRows = 6;  // of a group that is one of several for a re
 constexpr int64_t kSplitRows = 6;  // measured: fewer rows wait for memory in any case
 
 // Wide tiles take a group each; narrow ones share a group.
-int64_t group_rows(WeightKind kind) {
-  const int max_mr = tile_kernels(kind).max_mr;
-  return max_mr > 8 ? max_mr : kGroupPitch;
+int64_t group_rows(const Linear& linear) {
+  const int max_mr = tile_kernels(linear.kind).max_mr;
+  return max_mr > 8 && linear.layout != Layout::tokens ? max_mr : kGroupPitch;
 }
 
 // Two groups at least: while one passes over a panel, the other fetches the next (see gemm).
-int64_t group_count(WeightKind kind, int64_t rows, int64_t multiple) {
-  int64_t groups = (rows + group_rows(kind) - 1) / group_rows(kind);
+int64_t group_count(const Linear& linear, int64_t rows, int64_t multiple) {
+  int64_t groups = (rows + group_rows(linear) - 1) / group_rows(linear);
+  if (linear.layout == Layout::tokens) return groups;  // an idle lane costs as much as a busy one
   if (groups == 1 && rows >= kSplitRows) groups = 2;
   const int64_t rounded = (groups + multiple - 1) / multiple * multiple;
   return rounded * kLeastRows <= rows ? rounded : groups;
@@ -124,17 +33,19 @@ thread_local Scratch staging;
 }  // namespace
 
 bool same_operand(const Linear& a, const Linear& b) {
-  return a.kind == b.kind && a.k == b.k && a.input_scale == b.input_scale && a.input_zero == b.input_zero;
+  return a.kind == b.kind && a.k == b.k && a.input_scale == b.input_scale && a.input_zero == b.input_zero &&
+         (a.layout == Layout::tokens) == (b.layout == Layout::tokens);
 }
 
 int64_t rows_dwords(const Linear& linear, int64_t rows, int64_t multiple) {
-  const int64_t groups = group_count(linear.kind, rows, multiple);
-  return groups * linear.kd * tile_kernels(linear.kind).planes * kGroupPitch + 64;
+  const int64_t groups = group_count(linear, rows, multiple);
+  return groups * (linear.kd * tile_kernels(linear.kind).planes * kGroupPitch + kGroupPad) + 64;
 }
 
 Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale, int64_t multiple) {
-  const int64_t groups = group_count(linear.kind, rows, multiple);
-  return {rows, groups, linear.kd, tile_kernels(linear.kind).planes, data, scale};
+  const int64_t groups = group_count(linear, rows, multiple);
+  const int64_t pitch = rows == groups && linear.layout != Layout::tokens ? 1 : kGroupPitch;
+  return {rows, groups, linear.kd, tile_kernels(linear.kind).planes, pitch, data, scale};
 }
 
 namespace {
@@ -155,7 +66,7 @@ void pack_rows(const Rows& rows, int64_t group, Convert&& convert) {
       to[2 * d + 1] = narrow[d] >> 8 & 0x00ff00ffu;
     }
   };
-  if (rows.pitch() == 1) return row(r0, out);
+  if (rows.pitch == 1) return row(r0, out);
   for (int64_t r = 0; r < mr; ++r) row(r0 + r, stage + r * pitch);
   row_kernels().transpose(reinterpret_cast<float*>(stage), pitch, kGroupPitch, kd * rows.planes,
                           reinterpret_cast<float*>(out), kGroupPitch);
@@ -197,60 +108,135 @@ void pack_code_group(const Rows& rows, int64_t group, const uint8_t* codes, int6
   });
 }
 
-void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1, const Output& output,
-          const int32_t* init) {
+namespace {
+
+// Where a tile's sums go: straight to the rows of Y where nothing but the sums, or their bf16, is asked for; else
+// through a buffer of floats that the epilogue makes rows of Y from.
+class Sink {
+ public:
+  Sink(const Linear& linear, const Output& output) : linear_(linear), output_(output) {}
+
+  bool in_tile() const {
+    return output_.activation == Activation::none && linear_.output_scale <= 0.0f && output_.dtype <= Dtype::bf16;
+  }
+  void* row(int64_t r, int64_t column) const {
+    return static_cast<char*>(output_.out) + (r * output_.out_pitch + column) * dtype_size(output_.dtype);
+  }
+  const float* residual(int64_t r, int64_t column) const {
+    return output_.residual ? output_.residual + r * output_.residual_pitch + column : nullptr;
+  }
+  // Rows [r, r + mr) x columns [column, column + columns) from a buffer of kPanel columns.
+  void write(const float* buffer, int64_t r, int64_t mr, int64_t column, int64_t columns) const {
+    Epilogue e;
+    e.output_scale = linear_.output_scale;
+    e.activation = output_.activation;
+    e.residual = residual(r, column), e.residual_pitch = output_.residual_pitch;
+    e.out = row(r, column), e.out_pitch = output_.out_pitch;
+    e.dtype = output_.dtype;
+    e.code_step = output_.code_step, e.code_zero = output_.code_zero;
+    kernels_.epilogue(buffer, static_cast<int>(mr), columns, e);
+  }
+
+ private:
+  const Linear& linear_;
+  const Output& output_;
+  const RowKernels& kernels_ = row_kernels();
+};
+
+void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1,
+                const Output& output, const void* start) {
   const TileKernels& tiles = tile_kernels(linear.kind);
-  const RowKernels& kernels = row_kernels();
-  const bool integer = linear.kind == WeightKind::s8;
-  const void* start = integer ? static_cast<const void*>(init ? init : linear.init) : linear.bias;
-  const bool bf16 = output.dtype == Dtype::bf16;
-  const bool plain = output.activation == Activation::none && linear.output_scale <= 0.0f;
-  const bool in_tile = plain && (output.dtype == Dtype::f32 || bf16);
+  const bool integer = linear.kind == WeightKind::s8, dense = linear.layout == Layout::dense;
+  const Sink sink(linear, output);
   alignas(64) float buffer[kMaxRows * kPanel];
   for (int64_t p = p0; p < p1; ++p) {
-    const uint32_t* panel = linear.weights + p * linear.kd * kPanel;
     const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
-    const bool direct = in_tile && columns == kPanel;
+    const bool direct = sink.in_tile() && columns == kPanel;
+    const SparsePanel listed = dense ? SparsePanel{} : sparse_panel(linear, p);
+    const uint32_t* panel = dense ? linear.weights + p * linear.kd * kPanel : listed.weights;
+    const int64_t steps = dense ? linear.kd : listed.both + listed.half[0] + listed.half[1];
     TileOutput sums{};
     sums.init = static_cast<const char*>(start) + column * 4;
     if (integer) sums.weight_scale = linear.scale + column, sums.bias = linear.bias + column;
-    sums.out = buffer, sums.pitch = kPanel, sums.bf16 = direct && bf16;
+    sums.out = buffer, sums.pitch = kPanel, sums.bf16 = direct && output.dtype == Dtype::bf16;
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
-    const uint32_t* next = p + 1 < p1 ? panel + linear.kd * kPanel : output.after;
-    const int64_t share = next && g1 - g0 > 1 ? linear.kd * kPanel * 4 / (g1 - g0) : 0;
+    const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
+    const int64_t share = g1 - g0 > 1 && steps > 0 ? next.bytes / (g1 - g0) : 0;
     sums.ahead = reinterpret_cast<const char*>(panel);
     for (int64_t g = g0; g < g1; ++g) {
       const int64_t begin = rows.begin(g), end = rows.begin(g + 1);
       if (share) {
-        sums.ahead = reinterpret_cast<const char*>(next) + (g - g0) * share;
-        sums.ahead_step = (share + linear.kd - 1) / linear.kd;
+        sums.ahead = reinterpret_cast<const char*>(next.data) + (g - g0) * share;
+        sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
       }
       for (int64_t r = begin; r < end;) {
         const int64_t left = (end - r + tiles.max_mr - 1) / tiles.max_mr, mr = (end - r + left - 1) / left;
-        const float* residual = output.residual ? output.residual + r * output.residual_pitch + column : nullptr;
         if (integer) sums.row_scale = rows.scale + r;
         if (direct) {
-          sums.residual = residual, sums.residual_pitch = output.residual_pitch;
-          sums.out = static_cast<char*>(output.out) + (r * output.out_pitch + column) * dtype_size(output.dtype);
-          sums.pitch = output.out_pitch;
+          sums.residual = sink.residual(r, column), sums.residual_pitch = output.residual_pitch;
+          sums.out = sink.row(r, column), sums.pitch = output.out_pitch;
         }
-        tiles.tile[mr](rows.group_data(g) + (r - begin), rows.pitch(), panel, linear.kd, sums);
-        if (!direct) {
-          Epilogue e;
-          e.output_scale = linear.output_scale;
-          e.activation = output.activation;
-          e.residual = residual, e.residual_pitch = output.residual_pitch;
-          e.out = static_cast<char*>(output.out) + (r * output.out_pitch + column) * dtype_size(output.dtype);
-          e.out_pitch = output.out_pitch;
-          e.dtype = output.dtype;
-          e.code_step = output.code_step, e.code_zero = output.code_zero;
-          kernels.epilogue(buffer, static_cast<int>(mr), columns, e);
-        }
+        const uint32_t* a = rows.group_data(g) + (r - begin);
+        if (dense)
+          tiles.tile[mr](a, rows.pitch, panel, linear.kd, sums);
+        else
+          tiles.sparse_tile[mr](a, rows.pitch, listed, sums);
+        if (!direct) sink.write(buffer, r, mr, column, columns);
         r += mr;
       }
     }
   }
+}
+
+constexpr int64_t kTokenPanels = 4;  // whose sums wait in L2 while the chunks pass
+thread_local Scratch token_memory;
+
+void gemm_tokens(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1,
+                 const Output& output, const void* start) {
+  const TileKernels& tiles = tile_kernels(linear.kind);
+  const Sink sink(linear, output);
+  const auto run = tiles.tokens[linear.features / 2];
+  uint32_t* sums = token_memory.get<uint32_t>(kTokenPanels * kPanel * kTokenGroups * kTokens);
+  alignas(64) float buffer[kTokens * kPanel];
+  for (int64_t g = g0; g < g1; g += kTokenGroups) {
+    const int64_t groups = std::min(kTokenGroups, g1 - g), pitch = groups * kTokens;
+    const int64_t together = std::max<int64_t>(1, kTokenGroups / groups);  // chunks
+    for (int64_t q = p0; q < p1; q += kTokenPanels) {
+      const int64_t panels = std::min(kTokenPanels, p1 - q);
+      for (int64_t c = 0; c < std::max<int64_t>(1, linear.chunks); c += together)
+        for (int64_t p = q; p < q + panels; ++p)
+          run(rows.group_data(g), rows.group_dwords(), groups, token_panel(linear, p), c,
+              std::min(linear.chunks, c + together), c ? nullptr : static_cast<const char*>(start) + p * kPanel * 4,
+              sums + (p - q) * kPanel * pitch, pitch);
+      for (int64_t p = q; p < q + panels; ++p) {
+        const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
+        const bool direct = sink.in_tile() && columns == kPanel && !output.residual && output.dtype == Dtype::f32;
+        for (int64_t i = 0; i < groups; ++i) {
+          const int64_t r = rows.begin(g + i), mr = rows.begin(g + i + 1) - r;
+          TileOutput rows_out{};
+          if (rows.scale) rows_out.row_scale = rows.scale + r, rows_out.weight_scale = linear.scale + column;
+          rows_out.bias = linear.bias + column;
+          rows_out.out = direct ? sink.row(r, column) : buffer;
+          rows_out.pitch = direct ? output.out_pitch : kPanel;
+          tiles.finish_tokens(sums + (p - q) * kPanel * pitch + i * kTokens, pitch, mr, rows_out);
+          if (!direct) sink.write(buffer, r, mr, column, columns);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1, const Output& output,
+          const int32_t* init) {
+  const bool integer = linear.kind == WeightKind::s8;
+  const void* start = integer ? static_cast<const void*>(init ? init : linear.init) : linear.bias;
+  if (linear.layout == Layout::tokens)
+    gemm_tokens(linear, rows, g0, g1, p0, p1, output, start);
+  else
+    gemm_tiles(linear, rows, g0, g1, p0, p1, output, start);
 }
 
 }  // namespace bertkern::cpu

@@ -1,7 +1,9 @@
 // A packed linear layer (the uint8 tensor that the operators call `packed`) and the loops over its tiles.
 //
 //   bytes 0..63   LinearHeader
-//   weights       panels x KD x 32 dwords (gemm.h)
+//   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h)
+//   index         sparse only: `entries` dwords of K, uint32 (panels) or uint16 (tokens), padded to 4 bytes
+//   table         sparse only: PanelEntry [panels], or uint32 [panels][32 / R][chunks + 1] (tokens)
 //   init          int32 [Np]   s8 only: -zero_point * sum_k W[n, k], Np = N rounded up to 32
 //   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
 //   scale         fp32  [Np]   s8 only: the weight's scale
@@ -18,6 +20,13 @@ namespace bertkern::cpu {
 constexpr uint32_t kLinearMagic = 0x314b4c42;  // "BLK1"
 constexpr int32_t kSignedZero = 128;           // zero point of signed codes stored as u8
 
+enum class Layout : int32_t { dense = 0, panels = 1, tokens = 2 };
+
+struct PanelEntry {
+  uint32_t index, weights;  // where the panel's begin; weights in half panels
+  uint32_t both, half[2];
+};
+
 struct LinearHeader {
   uint32_t magic;
   int32_t kind;
@@ -26,14 +35,21 @@ struct LinearHeader {
   int32_t input_zero;
   float output_scale;  // 0: the output is not fake-quantized
   int32_t has_bias;
-  uint8_t reserved[24];
+  int32_t layout;
+  int32_t features;  // R of tokens, else 0
+  int64_t entries;   // of the index
+  int64_t weight_dwords;
 };
 static_assert(sizeof(LinearHeader) == 64, "the packed weights start at a cache line");
 
 struct Linear {
   WeightKind kind;
+  Layout layout;
   int64_t n, k, kd, panels;
+  int64_t features, chunks;  // of tokens
   const uint32_t* weights;
+  const void* index;
+  const void* table;
   const int32_t* init;
   const int32_t* column_sum;
   const float* scale;
@@ -45,7 +61,8 @@ struct Linear {
 };
 
 int64_t dword_count(WeightKind kind, int64_t k);
-int64_t packed_bytes(WeightKind kind, int64_t n, int64_t k);
+int64_t dense_dwords(WeightKind kind, int64_t n, int64_t k);  // weight_dwords of Layout::dense
+int64_t packed_bytes(const LinearHeader& header);
 
 // Reads the header; `bytes` is checked against it. Returns false where this is no packed linear.
 bool view_linear(const void* data, int64_t bytes, Linear& linear);
@@ -54,22 +71,39 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear);
 void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
                  const float* bias, void* out);
 
+constexpr int64_t kTokenGroups = 8;  // in a pass over the weights of Layout::tokens
+
+// Sparse weights, from stored blocks of `rows` x `columns` values (or codes): block row i of W holds the blocks
+// [crow[i], crow[i + 1]), at block columns col[...]. What lies outside [n, k] is left out.
+struct Blocks {
+  const int32_t* crow;
+  const int32_t* col;
+  const void* values;
+  int64_t rows, columns;
+};
+// Fills in entries and weight_dwords, and chooses nothing: layout and features are the caller's.
+void measure_sparse(LinearHeader& header, const Blocks& blocks);
+void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* scale, int64_t scale_count,
+                 const float* bias, void* out);
+
 // The canonical tensors again: weight [n, k] of the kind's dtype, scale [n] (s8), bias [n].
 void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias);
 
 // The left operand: rows in groups of at most `group_rows` rows; a group lies as [KD][planes][kGroupPitch] dwords and
-// is cut into tiles. A group of one row lies as [KD][planes].
+// is cut into tiles. Groups of one row lie as [KD][planes], unless lanes are rows.
 constexpr int64_t kGroupPitch = 16;
+static_assert(kGroupPitch == kTokens, "one packed form for both");
+constexpr int64_t kGroupPad = 16;  // dwords after a group: groups that are read together lie in different cache sets
 
 struct Rows {
-  int64_t rows, groups, kd, planes;
+  int64_t rows, groups, kd, planes, pitch;
   uint32_t* data;
   float* scale;  // per row (s8)
   int64_t begin(int64_t group) const {
     return group * (rows / groups) + (group < rows % groups ? group : rows % groups);
   }
-  int64_t pitch() const { return rows == groups ? 1 : kGroupPitch; }
-  uint32_t* group_data(int64_t group) const { return data + group * kd * planes * pitch(); }
+  int64_t group_dwords() const { return kd * planes * pitch + kGroupPad; }
+  uint32_t* group_data(int64_t group) const { return data + group * group_dwords(); }
 };
 
 // Same operand for two layers?
@@ -85,6 +119,15 @@ void flip_codes(const uint8_t* codes, int64_t count, uint8_t xor_mask, uint8_t* 
 // pack_group for ready codes: u8 with xor_mask 0, s8 with 0x80.
 void pack_code_group(const Rows& rows, int64_t group, const uint8_t* codes, int64_t k, uint8_t xor_mask);
 
+// Weights that lie in one piece, to be fetched ahead.
+struct Piece {
+  const uint32_t* data = nullptr;
+  int64_t bytes = 0;
+};
+Piece panel_weights(const Linear& linear, int64_t panel);
+SparsePanel sparse_panel(const Linear& linear, int64_t panel);  // of Layout::panels
+TokenPanel token_panel(const Linear& linear, int64_t panel);    // of Layout::tokens
+
 struct Output {
   Activation activation = Activation::none;
   const float* residual = nullptr;  // row 0
@@ -94,7 +137,7 @@ struct Output {
   Dtype dtype = Dtype::f32;
   float code_step = 0;  // of s8 and u8
   int32_t code_zero = 0;
-  const uint32_t* after = nullptr;  // the panel that this thread will need next, if known
+  Piece after;  // the panel that this thread will need next, if known
 };
 
 // Groups [g0, g1) x panels [p0, p1). init: null for the layer's own.

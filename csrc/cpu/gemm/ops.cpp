@@ -1,4 +1,4 @@
-// pack_linear, pack_qlinear, unpack_linear, linear, qgemm, quantize_rows over torch tensors.
+// linear, qgemm, quantize_rows over torch tensors.
 #include "cpu/ops.h"
 
 #include <algorithm>
@@ -7,7 +7,6 @@
 
 #include "cpu/check.h"
 #include "cpu/gemm/linear.h"
-#include "cpu/gemm/weights.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -17,31 +16,6 @@ namespace {
 
 using cpu::Linear;
 using cpu::Rows;
-
-Tensor pack(const char* op, cpu::WeightKind kind, const Tensor& weight, const Tensor* scale,
-            const std::optional<Tensor>& bias, double input_scale, int64_t input_zero, double output_scale) {
-  cpu::LinearHeader header{};
-  header.magic = cpu::kLinearMagic;
-  header.kind = static_cast<int32_t>(kind);
-  header.n = weight.size(0), header.k = weight.size(1);
-  header.input_scale = static_cast<float>(input_scale);
-  header.input_zero = static_cast<int32_t>(input_zero);
-  header.output_scale = static_cast<float>(output_scale);
-  header.has_bias = bias.has_value();
-  Tensor hold, b;
-  const float* bias_data = nullptr;
-  if (bias) {
-    b = expect_float(op, "bias", *bias);
-    require(b.dim() == 1 && b.size(0) == header.n, op, ": expected bias of shape [N] = [", header.n, "]. Got ",
-            shape_of(b), ".");
-    bias_data = as_float_rows(b, 1, header.n, hold);
-  }
-  Tensor out = empty_weights(cpu::packed_bytes(kind, header.n, header.k));
-  cpu::pack_linear(header, weight.const_data_ptr(),
-                   scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, scale ? scale->numel() : 0,
-                   bias_data, out.mutable_data_ptr());
-  return out;
-}
 
 Tensor residual_rows(const char* op, const std::optional<Tensor>& residual, int64_t m, int64_t n, Tensor& hold,
                      const float*& data) {
@@ -80,7 +54,8 @@ void multiply(const Linear& w, int64_t m, const cpu::Output& output, const int32
       pack_group(rows, g);
   });
   const bool small = static_cast<double>(m) * w.n * w.k < 500000.0;
-  const int64_t block = 4;  // groups: a block's operand stays in L2 while the panels pass
+  // Groups: a block's operand stays in L2 while the panels pass.
+  const int64_t block = w.layout == cpu::Layout::tokens ? cpu::kTokenGroups : 4;
   const int64_t blocks = (rows.groups + block - 1) / block;
   const int64_t cuts =
       small ? 1 : std::min<int64_t>(w.panels, std::max<int64_t>(1, (4 * threads + blocks - 1) / blocks));
@@ -97,7 +72,8 @@ Linear checked_linear(const char* op, const Tensor& packed, int64_t out_features
   hold = expect(op, "packed", packed, ScalarType::Byte);
   Linear w;
   require(cpu::view_linear(hold.const_data_ptr(), hold.numel(), w), op,
-          ": expected packed weights from pack_linear or pack_qlinear. Got ", hold.numel(), " other bytes.");
+          ": expected packed weights from pack_linear, pack_qlinear or pack_sparse_linear. Got ", hold.numel(),
+          " other bytes.");
   require(w.n == out_features, op, ": expected out_features = ", w.n, " as packed. Got ", out_features, ".");
   return w;
 }
@@ -105,62 +81,6 @@ Linear checked_linear(const char* op, const Tensor& packed, int64_t out_features
 }  // namespace
 
 int64_t cpu_isa() { return static_cast<int64_t>(cpu::active_isa()); }
-
-Tensor pack_linear(const Tensor& weight, std::optional<Tensor> bias) {
-  const char* op = "pack_linear";
-  require(weight.dim() == 2, op, ": expected weight of shape [N, K]. Got ", shape_of(weight), ".");
-  const Tensor w = expect_float(op, "weight", weight);
-  if (w.scalar_type() == ScalarType::BFloat16)
-    return pack(op, cpu::WeightKind::bf16, w, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
-  if (w.scalar_type() == ScalarType::Float)
-    return pack(op, cpu::WeightKind::f32, w, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
-  Tensor wide = empty({w.size(0), w.size(1)}, ScalarType::Float);
-  cpu::row_kernels().load_row(w.const_data_ptr(), cpu::Dtype::f16, w.numel(),
-                              static_cast<float*>(wide.mutable_data_ptr()));
-  return pack(op, cpu::WeightKind::f32, wide, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
-}
-
-Tensor pack_qlinear(const Tensor& codes, const Tensor& scale, std::optional<Tensor> bias, double input_scale,
-                    int64_t input_zero_point, double output_scale) {
-  const char* op = "pack_qlinear";
-  require(codes.dim() == 2, op, ": expected weight_codes of shape [N, K]. Got ", shape_of(codes), ".");
-  const Tensor c = expect(op, "weight_codes", codes, ScalarType::Char);
-  const Tensor s = expect(op, "weight_scale", scale, ScalarType::Float);
-  require(s.numel() == 1 || (s.dim() == 1 && s.size(0) == c.size(0)), op, ": expected weight_scale of shape [N] = [",
-          c.size(0), "] or [1]. Got ", shape_of(s), ".");
-  // 127 * 255 * K must fit int32 with the correction of the zero point.
-  require(c.size(1) <= 32768, op, ": expected K <= 32768, beyond which an int32 sum could overflow. Got ", c.size(1),
-          ".");
-  require(std::isfinite(input_scale) && input_scale >= 0.0, op, ": expected input_scale >= 0 (0: per token). Got ",
-          input_scale, ".");
-  require(std::isfinite(output_scale) && output_scale >= 0.0, op, ": expected output_scale >= 0 (0: none). Got ",
-          output_scale, ".");
-  require(input_zero_point >= 0 && input_zero_point <= 255, op, ": expected input_zero_point in [0, 255]. Got ",
-          input_zero_point, ".");
-  require(input_zero_point == 0 || input_scale > 0.0, op,
-          ": expected a static input_scale beside input_zero_point. Got input_scale = 0 (per token).");
-  const int8_t* values = static_cast<const int8_t*>(c.const_data_ptr());
-  for (int64_t i = 0; i < c.numel(); ++i)
-    require(values[i] != -128, op, ": expected weight_codes in [-127, 127]. Got -128 at row ", i / c.size(1), ".");
-  const int64_t zero = input_zero_point == 0 ? cpu::kSignedZero : input_zero_point;
-  return pack(op, cpu::WeightKind::s8, c, &s, bias, input_scale, zero, output_scale);
-}
-
-std::tuple<Tensor, Tensor, Tensor> unpack_linear(const Tensor& packed) {
-  const Tensor p = expect("unpack_linear", "packed", packed, ScalarType::Byte);
-  Linear w;
-  require(cpu::view_linear(p.const_data_ptr(), p.numel(), w),
-          "unpack_linear: expected packed weights from pack_linear or pack_qlinear. Got ", p.numel(), " other bytes.");
-  const ScalarType dtype = w.kind == cpu::WeightKind::s8     ? ScalarType::Char
-                           : w.kind == cpu::WeightKind::bf16 ? ScalarType::BFloat16
-                                                             : ScalarType::Float;
-  Tensor weight = empty({w.n, w.k}, dtype);
-  Tensor scale = empty({w.kind == cpu::WeightKind::s8 ? w.n : 0}, ScalarType::Float);
-  Tensor bias = empty({w.n}, ScalarType::Float);
-  cpu::unpack_linear(w, weight.mutable_data_ptr(), static_cast<float*>(scale.mutable_data_ptr()),
-                     static_cast<float*>(bias.mutable_data_ptr()));
-  return {weight, scale, bias};
-}
 
 Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, int64_t activation,
               std::optional<Tensor> residual, std::optional<ScalarType> out_dtype) {

@@ -1,0 +1,80 @@
+// Dot policies: the dot product of a dword, for files compiled for one ISA.
+//
+//   Acc, Vec, Act                accumulator, weights and activation; kWidth outputs each
+//   Acc init(const void*)        kWidth accumulators
+//   void step(Acc&, Act, Vec)    one step of the dot product
+//   vf value(Acc)                as floats
+//
+// Lanes are features, or rows of X:
+//
+//   Vec load(const uint32_t*)    kWidth weight dwords
+//   Act broadcast(const uint32_t* a, int64_t plane)  one activation dword, of kPlanes planes
+//   Act rows(const uint32_t* a, int64_t plane)       the dwords of kWidth rows
+//   Vec splat(uint32_t)          one weight dword
+#pragma once
+
+#include "cpu/gemm/gemm.h"
+#include "cpu/simd.h"
+
+namespace bertkern::cpu {
+namespace {
+
+struct Dot_f32 {
+  using Acc = vf;
+  using Vec = vf;
+  using Act = vf;
+  static constexpr bool kInteger = false;
+  static constexpr int kPlanes = 1;
+  BK_INLINE Acc init(const void* p) { return vload(static_cast<const float*>(p)); }
+  BK_INLINE Vec load(const uint32_t* b) { return as_float(vloadi(reinterpret_cast<const int32_t*>(b))); }
+  BK_INLINE Act broadcast(const uint32_t* a, int64_t) { return as_float(vseti(static_cast<int32_t>(*a))); }
+  BK_INLINE Act rows(const uint32_t* a, int64_t) { return vload(reinterpret_cast<const float*>(a)); }
+  BK_INLINE Vec splat(uint32_t w) { return as_float(vseti(static_cast<int32_t>(w))); }
+  BK_INLINE void step(Acc& acc, Act x, Vec w) { acc = vfma(x, w, acc); }
+  BK_INLINE vf value(Acc acc) { return acc; }
+};
+
+struct Dot_bf16 : Dot_f32 {  // the low half of a dword is the earlier k
+  struct Vec {
+    vf low, high;
+  };
+  using Act = Vec;
+  BK_INLINE Vec split(vi x) {
+    return {as_float(vshift_left(x, 16)), as_float(vandi(x, vseti(static_cast<int32_t>(0xffff0000u))))};
+  }
+  BK_INLINE Vec load(const uint32_t* b) { return split(vloadi(reinterpret_cast<const int32_t*>(b))); }
+  BK_INLINE Act broadcast(const uint32_t* a, int64_t) { return split(vseti(static_cast<int32_t>(*a))); }
+  BK_INLINE Act rows(const uint32_t* a, int64_t) { return load(a); }
+  BK_INLINE Vec splat(uint32_t w) { return split(vseti(static_cast<int32_t>(w))); }
+  BK_INLINE void step(Acc& acc, const Act& x, const Vec& w) { acc = vfma(x.high, w.high, vfma(x.low, w.low, acc)); }
+};
+
+#if defined(__AVX2__)
+// vpmaddwd on 16-bit halves: exact, where vpmaddubsw would saturate.
+struct Dot_madd {
+  using Acc = vi;
+  struct Vec {
+    vi even, odd;
+  };
+  using Act = Vec;
+  static constexpr bool kInteger = true;
+  static constexpr int kPlanes = 2;
+  BK_INLINE Acc init(const void* p) { return vloadi(static_cast<const int32_t*>(p)); }
+  BK_INLINE Vec split(vi w) { return {vshift_right16(vshift_left16(w, 8), 8), vshift_right16(w, 8)}; }
+  BK_INLINE Vec load(const uint32_t* b) { return split(vloadi(reinterpret_cast<const int32_t*>(b))); }
+  BK_INLINE Act broadcast(const uint32_t* a, int64_t plane) {
+    return {vseti(static_cast<int32_t>(*a)), vseti(static_cast<int32_t>(a[plane]))};
+  }
+  BK_INLINE Act rows(const uint32_t* a, int64_t plane) {
+    return {vloadi(reinterpret_cast<const int32_t*>(a)), vloadi(reinterpret_cast<const int32_t*>(a + plane))};
+  }
+  BK_INLINE Vec splat(uint32_t w) { return split(vseti(static_cast<int32_t>(w))); }
+  BK_INLINE void step(Acc& acc, const Act& x, const Vec& w) {
+    acc = vaddi(acc, vaddi(vmadd16(x.even, w.even), vmadd16(x.odd, w.odd)));
+  }
+  BK_INLINE vf value(Acc acc) { return to_float(acc); }
+};
+#endif
+
+}  // namespace
+}  // namespace bertkern::cpu

@@ -1,0 +1,324 @@
+// The packed form of a linear layer: its sizes, and how it is written and read.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/gemm/linear.h"
+
+namespace bertkern::cpu {
+
+namespace {
+
+int64_t values_per_dword(WeightKind kind) { return kind == WeightKind::s8 ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
+int64_t value_bytes(WeightKind kind) { return 4 / values_per_dword(kind); }
+int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+int64_t chunk_count(int64_t kd) { return (kd + kChunk - 1) / kChunk; }
+
+// Bytes of the index and of the table.
+int64_t index_bytes(const LinearHeader& h) {
+  return h.layout == 0 ? 0 : h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4;
+}
+int64_t table_bytes(const LinearHeader& h, int64_t panels, int64_t kd) {
+  if (h.layout == 0) return 0;
+  return panels *
+         (h.layout == 1 ? static_cast<int64_t>(sizeof(PanelEntry)) : kPanel / h.features * (chunk_count(kd) + 1) * 4);
+}
+
+}  // namespace
+
+int64_t dword_count(WeightKind kind, int64_t k) {
+  const int64_t values = values_per_dword(kind);
+  return (k + values - 1) / values;
+}
+
+int64_t dense_dwords(WeightKind kind, int64_t n, int64_t k) { return padded(n) * dword_count(kind, k); }
+
+int64_t packed_bytes(const LinearHeader& h) {
+  const WeightKind kind = static_cast<WeightKind>(h.kind);
+  const int64_t np = padded(h.n), vectors = kind == WeightKind::s8 ? 4 : 1;
+  return static_cast<int64_t>(sizeof h) + h.weight_dwords * 4 + index_bytes(h) +
+         table_bytes(h, np / kPanel, dword_count(kind, h.k)) + vectors * np * 4;
+}
+
+bool view_linear(const void* data, int64_t bytes, Linear& linear) {
+  LinearHeader header;
+  if (bytes < static_cast<int64_t>(sizeof header)) return false;
+  std::memcpy(&header, data, sizeof header);
+  if (header.magic != kLinearMagic || header.kind < 0 || header.kind > 2) return false;
+  if (header.n < 0 || header.k < 0 || header.n > (int64_t{1} << 31) || header.k > (int64_t{1} << 31)) return false;
+  const WeightKind kind = static_cast<WeightKind>(header.kind);
+  const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
+  const bool known = header.layout == 0 ? header.weight_dwords == np * kd
+                     : header.layout == 1
+                         ? header.features == 0
+                         : header.layout == 2 && (header.features == 1 || header.features == 2 || header.features == 4);
+  if (!known || header.entries < 0 || header.entries > bytes || header.weight_dwords < 0 ||
+      header.weight_dwords > bytes || bytes != packed_bytes(header))
+    return false;
+  linear.kind = kind, linear.layout = static_cast<Layout>(header.layout);
+  linear.features = header.features, linear.chunks = chunk_count(kd);
+  linear.n = header.n, linear.k = header.k, linear.kd = kd, linear.panels = np / kPanel;
+  linear.weights = reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + sizeof header);
+  linear.index = linear.weights + header.weight_dwords;
+  linear.table = static_cast<const char*>(linear.index) + index_bytes(header);
+  const uint32_t* tail =
+      reinterpret_cast<const uint32_t*>(static_cast<const char*>(linear.table) + table_bytes(header, np / kPanel, kd));
+  linear.init = linear.column_sum = nullptr;
+  linear.scale = nullptr;
+  if (kind == WeightKind::s8) {
+    linear.init = reinterpret_cast<const int32_t*>(tail);
+    linear.column_sum = linear.init + np;
+    linear.scale = reinterpret_cast<const float*>(linear.column_sum + np);
+    tail += 3 * np;
+  }
+  linear.bias = reinterpret_cast<const float*>(tail);
+  linear.input_scale = header.input_scale, linear.input_zero = header.input_zero;
+  linear.output_scale = header.output_scale, linear.has_bias = header.has_bias != 0;
+  return true;
+}
+
+namespace {
+
+// What stands after the weights: init, column sums, scales, bias. `sums`: of each row of int8 weights.
+void write_vectors(const LinearHeader& header, const int32_t* sums, const float* scale, int64_t scale_count,
+                   const float* bias, char* tail) {
+  const int64_t n = header.n, np = padded(n);
+  if (static_cast<WeightKind>(header.kind) == WeightKind::s8) {
+    int32_t* init = reinterpret_cast<int32_t*>(tail);
+    int32_t* column_sum = init + np;
+    float* scales = reinterpret_cast<float*>(column_sum + np);
+    for (int64_t i = 0; i < n; ++i) {
+      column_sum[i] = sums[i];
+      init[i] = -header.input_zero * sums[i];
+      scales[i] = scale[scale_count == 1 ? 0 : i];
+    }
+    tail += 3 * np * 4;
+  }
+  if (bias) std::memcpy(tail, bias, static_cast<size_t>(n) * 4);
+}
+
+}  // namespace
+
+void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
+                 const float* bias, void* out) {
+  const WeightKind kind = static_cast<WeightKind>(header.kind);
+  const int64_t n = header.n, k = header.k, kd = dword_count(kind, k);
+  std::memset(out, 0, static_cast<size_t>(packed_bytes(header)));
+  std::memcpy(out, &header, sizeof header);
+  char* weights = static_cast<char*>(out) + sizeof header;
+  const int64_t bytes = value_bytes(kind), per_dword = values_per_dword(kind);
+  std::vector<int32_t> sums;
+  for (int64_t i = 0; i < n; ++i) {
+    const char* row = static_cast<const char*>(weight) + i * k * bytes;
+    char* column = weights + ((i / kPanel) * kd * kPanel + i % kPanel) * 4;
+    for (int64_t d = 0; d < kd; ++d)
+      std::memcpy(column + d * kPanel * 4, row + d * 4,
+                  static_cast<size_t>(std::min(per_dword, k - d * per_dword) * bytes));
+    if (kind == WeightKind::s8) {
+      int32_t sum = 0;
+      for (int64_t j = 0; j < k; ++j) sum += static_cast<const int8_t*>(weight)[i * k + j];
+      sums.push_back(sum);
+    }
+  }
+  write_vectors(header, sums.data(), scale, scale_count, bias, weights + header.weight_dwords * 4);
+}
+
+namespace {
+
+// One panel of sparse weights as dense dwords [KD][32], and what of it is listed.
+class Panel {
+ public:
+  Panel(const LinearHeader& header, const Blocks& blocks)
+      : header_(header),
+        blocks_(blocks),
+        kind_(static_cast<WeightKind>(header.kind)),
+        kd_(dword_count(kind_, header.k)),
+        dwords_(static_cast<size_t>(kd_ * kPanel)) {}
+
+  void fill(int64_t panel) {
+    std::fill(dwords_.begin(), dwords_.end(), 0u);
+    const int64_t bytes = value_bytes(kind_), first = panel * kPanel, last = std::min(header_.n, first + kPanel);
+    const int64_t rows = blocks_.rows, columns = blocks_.columns;
+    char* const to = reinterpret_cast<char*>(dwords_.data());
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t i = n / rows;
+      for (int64_t b = blocks_.crow[i]; b < blocks_.crow[i + 1]; ++b) {
+        const char* values = static_cast<const char*>(blocks_.values) + (b * rows + n % rows) * columns * bytes;
+        const int64_t k0 = blocks_.col[b] * columns, count = std::min(columns, header_.k - k0);
+        for (int64_t c = 0; c < count; ++c) {
+          const int64_t at = (k0 + c) * bytes;
+          std::memcpy(to + (at / 4 * kPanel + n - first) * 4 + at % 4, values + c * bytes, static_cast<size_t>(bytes));
+        }
+      }
+    }
+  }
+
+  // Whether any of `count` features from `feature` on has a nonzero in dword `d`. A negative zero is none.
+  bool any(int64_t d, int64_t feature, int64_t count) const {
+    const uint32_t* row = dwords_.data() + d * kPanel + feature;
+    for (int64_t f = 0; f < count; ++f)
+      if (row[f]) return true;
+    return false;
+  }
+
+  const uint32_t* row(int64_t d) const { return dwords_.data() + d * kPanel; }
+  int64_t kd() const { return kd_; }
+
+  int32_t sum(int64_t feature) const {  // of int8 codes
+    int32_t sum = 0;
+    for (int64_t d = 0; d < kd_; ++d)
+      for (int64_t i = 0; i < 4; ++i) sum += static_cast<int8_t>(row(d)[feature] >> (8 * i) & 255u);
+    return sum;
+  }
+
+ private:
+  const LinearHeader& header_;
+  const Blocks& blocks_;
+  const WeightKind kind_;
+  const int64_t kd_;
+  std::vector<uint32_t> dwords_;
+};
+
+}  // namespace
+
+void measure_sparse(LinearHeader& header, const Blocks& blocks) {
+  header.entries = header.weight_dwords = 0;
+  Panel panel(header, blocks);
+  for (int64_t p = 0; p < padded(header.n) / kPanel; ++p) {
+    panel.fill(p);
+    for (int64_t d = 0; d < panel.kd(); ++d) {
+      if (static_cast<Layout>(header.layout) == Layout::panels) {
+        const int halves = panel.any(d, 0, kHalfPanel) + panel.any(d, kHalfPanel, kHalfPanel);
+        header.entries += halves > 0;
+        header.weight_dwords += halves * kHalfPanel;
+      } else {
+        for (int64_t f = 0; f < kPanel; f += header.features) header.entries += panel.any(d, f, header.features);
+      }
+    }
+  }
+  if (static_cast<Layout>(header.layout) == Layout::tokens) header.weight_dwords = header.entries * header.features;
+}
+
+void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* scale, int64_t scale_count,
+                 const float* bias, void* out) {
+  std::memset(out, 0, static_cast<size_t>(packed_bytes(header)));
+  std::memcpy(out, &header, sizeof header);
+  uint32_t* weights = reinterpret_cast<uint32_t*>(static_cast<char*>(out) + sizeof header);
+  char* index = reinterpret_cast<char*>(weights + header.weight_dwords);
+  char* table = index + index_bytes(header);
+  Panel panel(header, blocks);
+  const int64_t panels = padded(header.n) / kPanel, kd = panel.kd();
+  std::vector<int32_t> sums;
+  int64_t entry = 0, written = 0;  // of the index; dwords of weights
+  const auto copy = [&](int64_t d, int64_t feature, int64_t count) {
+    std::memcpy(weights + written, panel.row(d) + feature, static_cast<size_t>(count) * 4);
+    written += count;
+  };
+  for (int64_t p = 0; p < panels; ++p) {
+    panel.fill(p);
+    if (static_cast<Layout>(header.layout) == Layout::panels) {
+      PanelEntry& e = reinterpret_cast<PanelEntry*>(table)[p];
+      e.index = static_cast<uint32_t>(entry), e.weights = static_cast<uint32_t>(written / kHalfPanel);
+      uint32_t* const counts[] = {&e.both, &e.half[0], &e.half[1]};
+      for (int which = 0; which < 3; ++which)
+        for (int64_t d = 0; d < kd; ++d) {
+          const bool left = panel.any(d, 0, kHalfPanel), right = panel.any(d, kHalfPanel, kHalfPanel);
+          if (!(which == 0 ? left && right : which == 1 ? left && !right : right && !left)) continue;
+          copy(d, which == 2 ? kHalfPanel : 0, which == 0 ? kPanel : kHalfPanel);
+          reinterpret_cast<uint32_t*>(index)[entry++] = static_cast<uint32_t>(d);
+          ++*counts[which];
+        }
+    } else {
+      const int64_t chunks = chunk_count(kd);
+      uint32_t* begin = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features) * (chunks + 1);
+      for (int64_t f = 0; f < kPanel; f += header.features, begin += chunks + 1) {
+        for (int64_t d = 0; d < kd; ++d) {
+          if (d % kChunk == 0) begin[d / kChunk] = static_cast<uint32_t>(entry);
+          if (!panel.any(d, f, header.features)) continue;
+          copy(d, f, header.features);
+          reinterpret_cast<uint16_t*>(index)[entry++] = static_cast<uint16_t>(d);
+        }
+        begin[chunks] = static_cast<uint32_t>(entry);
+      }
+    }
+    if (static_cast<WeightKind>(header.kind) == WeightKind::s8)
+      for (int64_t f = 0; f < std::min(kPanel, header.n - p * kPanel); ++f) sums.push_back(panel.sum(f));
+  }
+  write_vectors(header, sums.data(), scale, scale_count, bias, table + table_bytes(header, panels, kd));
+}
+
+SparsePanel sparse_panel(const Linear& linear, int64_t panel) {
+  const PanelEntry& e = static_cast<const PanelEntry*>(linear.table)[panel];
+  return {static_cast<const uint32_t*>(linear.index) + e.index,
+          linear.weights + e.weights * kHalfPanel,
+          e.both,
+          {e.half[0], e.half[1]}};
+}
+
+TokenPanel token_panel(const Linear& linear, int64_t panel) {
+  const uint32_t* table = static_cast<const uint32_t*>(linear.table);
+  return {table + panel * (kPanel / linear.features) * (linear.chunks + 1), static_cast<const uint16_t*>(linear.index),
+          linear.weights, linear.chunks};
+}
+
+Piece panel_weights(const Linear& linear, int64_t panel) {
+  switch (linear.layout) {
+    case Layout::panels: {
+      const SparsePanel b = sparse_panel(linear, panel);
+      return {b.weights, (b.both * kPanel + (b.half[0] + b.half[1]) * kHalfPanel) * 4};
+    }
+    case Layout::tokens: {
+      const TokenPanel b = token_panel(linear, panel);
+      const int64_t first = b.begin[0], last = b.begin[kPanel / linear.features * (linear.chunks + 1) - 1];
+      return {b.weights + first * linear.features, (last - first) * linear.features * 4};
+    }
+    default:
+      return {linear.weights + panel * linear.kd * kPanel, linear.kd * kPanel * 4};
+  }
+}
+
+namespace {
+
+// Calls see(feature, dword of K, weight) for every dword that is stored.
+template <class See>
+void each_dword(const Linear& linear, See&& see) {
+  for (int64_t p = 0; p < linear.panels; ++p) {
+    if (linear.layout == Layout::dense) {
+      const uint32_t* weights = panel_weights(linear, p).data;
+      for (int64_t d = 0; d < linear.kd; ++d)
+        for (int64_t f = 0; f < kPanel; ++f) see(p * kPanel + f, d, *weights++);
+    } else if (linear.layout == Layout::panels) {
+      const SparsePanel b = sparse_panel(linear, p);
+      const uint32_t *index = b.index, *weights = b.weights;
+      const int64_t counts[] = {b.both, b.half[0], b.half[1]};
+      for (int which = 0; which < 3; ++which)
+        for (int64_t i = 0; i < counts[which]; ++i, ++index)
+          for (int64_t f = 0; f < (which ? kHalfPanel : kPanel); ++f)
+            see(p * kPanel + (which == 2 ? kHalfPanel : 0) + f, *index, *weights++);
+    } else {
+      const TokenPanel b = token_panel(linear, p);
+      for (int64_t f = 0; f < kPanel; f += linear.features) {
+        const uint32_t* begin = b.begin + f / linear.features * (b.chunks + 1);
+        for (int64_t e = begin[0]; e < begin[b.chunks]; ++e)
+          for (int64_t r = 0; r < linear.features; ++r)
+            see(p * kPanel + f + r, b.index[e], b.weights[e * linear.features + r]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias) {
+  const int64_t bytes = value_bytes(linear.kind), per_dword = values_per_dword(linear.kind);
+  std::memset(weight, 0, static_cast<size_t>(linear.n * linear.k * bytes));
+  each_dword(linear, [&](int64_t n, int64_t d, uint32_t dword) {
+    if (n < linear.n)
+      std::memcpy(static_cast<char*>(weight) + n * linear.k * bytes + d * 4, &dword,
+                  static_cast<size_t>(std::min(per_dword, linear.k - d * per_dword) * bytes));
+  });
+  if (linear.kind == WeightKind::s8) std::memcpy(scale, linear.scale, static_cast<size_t>(linear.n) * 4);
+  std::memcpy(bias, linear.bias, static_cast<size_t>(linear.n) * 4);
+}
+
+}  // namespace bertkern::cpu

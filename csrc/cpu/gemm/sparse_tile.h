@@ -1,0 +1,151 @@
+// The bodies of sparse tile kernels: the dense one's steps, at the dwords of K that a panel lists.
+#pragma once
+
+#include "cpu/gemm/tile.h"
+
+namespace bertkern::cpu {
+namespace {
+
+// ------------------------------------------------------------------------------------------ lanes are features
+template <class Dot, int MR, int V, int first>
+BK_INLINE void steps(typename Dot::Acc (&acc)[MR][kVectors], const uint32_t* a, int64_t lda, const uint32_t* index,
+                     int64_t count, const uint32_t* b, int64_t width, const char*& ahead, int64_t ahead_step) {
+  for (int64_t i = 0; i < count; ++i, b += width, ahead += ahead_step) {
+    __builtin_prefetch(ahead, 0, 2);
+    step<Dot, MR, V, first>(acc, a + static_cast<int64_t>(index[i]) * lda * Dot::kPlanes, lda, b);
+  }
+}
+
+template <class Dot, int MR>
+void sparse_tile(const uint32_t* a, int64_t lda, const SparsePanel& b, const TileOutput& o) {
+  fetch_output<MR>(o);
+  const uint32_t* half_index[2] = {b.index + b.both, b.index + b.both + b.half[0]};
+  const uint32_t* half_weights[2] = {b.weights + b.both * kPanel, b.weights + b.both * kPanel + b.half[0] * kHalfPanel};
+  for (int64_t j = 0; j < kPanel; j += kWidth * kVectors) {
+    typename Dot::Acc acc[MR][kVectors];
+    start<Dot, MR>(acc, j, o);
+    const char* ahead = o.ahead;
+    steps<Dot, MR, kVectors, 0>(acc, a, lda, b.index, b.both, b.weights + j, kPanel, ahead, o.ahead_step);
+    if (kWidth == kHalfPanel) {
+      steps<Dot, MR, 1, 0>(acc, a, lda, half_index[0], b.half[0], half_weights[0], kHalfPanel, ahead, o.ahead_step);
+      steps<Dot, MR, 1, 1>(acc, a, lda, half_index[1], b.half[1], half_weights[1], kHalfPanel, ahead, o.ahead_step);
+    } else {
+      const int64_t half = j / kHalfPanel;
+      steps<Dot, MR, kVectors, 0>(acc, a, lda, half_index[half], b.half[half], half_weights[half] + j % kHalfPanel,
+                                  kHalfPanel, ahead, o.ahead_step);
+    }
+    finish<Dot, MR>(acc, j, o);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ lanes are rows
+// Accumulators of R features x V vectors of rows, beside the weights of one step and, with several features, its rows.
+constexpr int kTokenAccumulators = kWidth == 16 ? 16 : 8;
+
+template <class Dot, int R, int V>
+BK_INLINE void token_steps(const uint32_t* const (&a)[V], const uint16_t* index, const uint32_t* weights, int64_t count,
+                           const uint32_t* init, uint32_t* sums, int64_t pitch) {
+  typename Dot::Acc acc[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      if (init) {
+        const uint32_t x = init[r];
+        const uint32_t lanes[16] = {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+        acc[r][v] = Dot::init(lanes);
+      } else {
+        acc[r][v] = Dot::init(sums + r * pitch + v * kWidth);
+      }
+    }
+  }
+  for (int64_t i = 0; i < count; ++i, weights += R) {
+    const int64_t offset = static_cast<int64_t>(index[i]) * (kTokens * Dot::kPlanes);
+    if (R == 1) {
+      const typename Dot::Vec w = Dot::splat(weights[0]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) Dot::step(acc[0][v], Dot::rows(a[v] + offset, kTokens), w);
+    } else {
+      typename Dot::Act x[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) x[v] = Dot::rows(a[v] + offset, kTokens);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const typename Dot::Vec w = Dot::splat(weights[r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) Dot::step(acc[r][v], x[v], w);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) __builtin_memcpy(sums + r * pitch + v * kWidth, &acc[r][v], sizeof acc[r][v]);
+  }
+}
+
+// All features of a panel for V vectors of rows from vector v0 on.
+template <class Dot, int R, int V>
+void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const TokenPanel& b, int64_t chunk0,
+                 int64_t chunk1, const void* init, uint32_t* sums, int64_t pitch) {
+  constexpr int kVectorsOfGroup = kTokens / kWidth;
+  const uint32_t* rows[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v)
+    rows[v] = a + (v0 + v) / kVectorsOfGroup * group_dwords + (v0 + v) % kVectorsOfGroup * kWidth;
+  const uint32_t* first = static_cast<const uint32_t*>(init);
+  for (int64_t n = 0; n < kPanel; n += R) {
+    const uint32_t* begin = b.begin + n / R * (b.chunks + 1);
+    const int64_t e = begin[chunk0], count = begin[chunk1] - e;
+    token_steps<Dot, R, V>(rows, b.index + e, b.weights + e * R, count, first ? first + n : nullptr,
+                           sums + n * pitch + v0 * kWidth, pitch);
+  }
+}
+
+template <class Dot, int R>
+void tokens(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, int64_t chunk0,
+            int64_t chunk1, const void* init, uint32_t* sums, int64_t pitch) {
+  constexpr int kMost = kTokenAccumulators / R > 8 ? 8 : kTokenAccumulators / R;
+  const int64_t vectors = groups * (kTokens / kWidth);
+  int64_t v = 0;
+  const auto pass = [&](auto run, int64_t count) __attribute__((always_inline)) {
+    for (; v + count <= vectors; v += count) run(a, group_dwords, v, b, chunk0, chunk1, init, sums, pitch);
+  };
+  pass(&token_panel<Dot, R, kMost>, kMost);
+  // What is left is fewer: one pass of just that many.
+  if (kMost > 4) {
+    if (vectors - v == 7) pass(&token_panel < Dot, R, kMost >= 7 ? 7 : 1 >, 7);
+    if (vectors - v == 6) pass(&token_panel < Dot, R, kMost >= 6 ? 6 : 1 >, 6);
+    if (vectors - v == 5) pass(&token_panel < Dot, R, kMost >= 5 ? 5 : 1 >, 5);
+  }
+  if (vectors - v == 4) pass(&token_panel < Dot, R, kMost >= 4 ? 4 : 1 >, 4);
+  if (vectors - v == 3) pass(&token_panel < Dot, R, kMost >= 3 ? 3 : 1 >, 3);
+  if (vectors - v == 2) pass(&token_panel < Dot, R, kMost >= 2 ? 2 : 1 >, 2);
+  pass(&token_panel<Dot, R, 1>, 1);
+}
+
+// To rows of Y: the same products and rounding as in the dense tile.
+template <class Dot>
+void finish_tokens(const uint32_t* sums, int64_t pitch, int64_t rows, const TileOutput& o) {
+  for (int64_t n = 0; n < kPanel; n += kWidth) {
+    for (int64_t t = 0; t < rows; t += kWidth) {
+      const int64_t count = rows - t < kWidth ? rows - t : kWidth;
+      const vf row_scale = Dot::kInteger ? vload_n(o.row_scale + t, count) : vset(0.0f);
+      vf y[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        y[i] = Dot::value(Dot::init(sums + (n + i) * pitch + t));
+        if (Dot::kInteger) y[i] = vadd(vmul(y[i], vmul(row_scale, vset(o.weight_scale[n + i]))), vset(o.bias[n + i]));
+      }
+      transpose_lanes(y);
+      float* out = static_cast<float*>(o.out) + t * o.pitch + n;
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (i < count) vstore(out + i * o.pitch, y[i]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bertkern::cpu
