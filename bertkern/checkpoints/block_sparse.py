@@ -119,6 +119,8 @@ def load(path: Path, *, model_class: type[PreTrainedModel] | None = None) -> nn.
             continue
         for part in (*PARTS, EMULATED):
             tensors.pop(prefix + part, None)
+        if f"{name}.weight" in tensors:
+            problems.append(f"expected {name}.weight once. Got it both dense and in blocks.")
         tensors[f"{name}.weight"] = dense
     if problems:
         raise ValueError("load_checkpoint: " + "\n  ".join(problems))

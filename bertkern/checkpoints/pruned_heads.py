@@ -92,9 +92,9 @@ def _detect(path: Path) -> bool:
         values = read_config(file.parent)
     except (OSError, ValueError):
         return False
-    # A model of another kind may have lost heads, too; whoever knows that kind is to load it.
-    ragged = bool(values.get("pruned_heads")) or values.get("layer_norm_type", "layer_norm") != "layer_norm"
-    return ragged and "quantization_config" not in values
+    # Models of other families mean other things by it.
+    norms = values.get("model_type", "bert") in FAMILIES and (values.get("layer_norm_type") or NORMS[0]) != NORMS[0]
+    return (norms or bool(values.get("pruned_heads"))) and "quantization_config" not in values
 
 
 PRUNED_HEADS = CheckpointFormat("pruned-heads", _detect, load)
