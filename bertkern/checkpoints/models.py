@@ -48,10 +48,10 @@ def build(
 
 
 def fill(model: PreTrainedModel, checked: CheckedTensors, empty: Mapping[str, Sequence[int]] | None = None) -> None:
-    """Takes every parameter and stored buffer of `model` out of `checked` and puts it in place, bit for bit.
+    """Takes every parameter and stored buffer of `model` out of `checked` and puts it in place.
 
-    The model gets the dtype of the file's tensors where they have one in common. Nothing is changed before all of them
-    have been found right, and no tensor is left over.
+    The model gets the dtype of the file's tensors where they have one in common, else it stays fp32. Nothing is changed
+    before all of them have been found right, and no tensor is left over.
 
     Args:
         model: of the shapes that the tensors must have.

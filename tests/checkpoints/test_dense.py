@@ -8,6 +8,7 @@ import transformers
 
 import bertkern
 from bertkern.checkpoints import load_checkpoint
+from bertkern.checkpoints.models import named_class
 from tests.formats.matrices import random
 from tests.pruned_exports import config_of, distinct, write
 from tests.tiny_models import inputs, main_output, tiny
@@ -61,7 +62,7 @@ def test_classes(tmp_path):
     assert type(load_checkpoint(tmp_path, model_class=transformers.BertModel)) is transformers.BertModel
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    for architectures in (None, ["logging"], ["BertConfig"], "BertModel", [3]):
+    for architectures in (None, ["logging"], ["BertConfig"]):
         path.write_text(json.dumps(values | {"architectures": architectures}))
         loaded = load_checkpoint(tmp_path)
         assert type(loaded) is transformers.BertModel
@@ -72,6 +73,12 @@ def test_classes(tmp_path):
     del tensors["classifier.weight"], tensors["classifier.bias"]
     write(tmp_path, tensors, values | {"architectures": ["BertForTokenClassification"]})
     assert load_checkpoint(tmp_path).classifier.weight.shape == (3, 48)
+
+
+@pytest.mark.parametrize("architectures", [None, [], "BertModel", 3, [3], ["logging"], ["BertConfig"], ["os"]])
+def test_a_config_can_name_nothing_but_a_model(architectures):
+    assert named_class({"architectures": architectures}) is None
+    assert named_class({"architectures": ["logging", "BertModel"]}) is transformers.BertModel
 
 
 def test_quantized_models_of_bertkern(tmp_path):
