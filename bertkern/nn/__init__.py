@@ -2,5 +2,6 @@
 
 from .int8 import Int8Embedding, Int8Linear
 from .linear import PackedLinear
+from .norms import NoNorm
 
-__all__ = ["Int8Embedding", "Int8Linear", "PackedLinear"]
+__all__ = ["Int8Embedding", "Int8Linear", "NoNorm", "PackedLinear"]
