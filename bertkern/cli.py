@@ -324,12 +324,12 @@ def _prune_config(arguments: argparse.Namespace) -> Any:
     }
     if arguments.embeddings is not None:
         options["embeddings"] = arguments.embeddings
-    shares = {"sparsity": arguments.sparsity, "scope": arguments.scope, "overrides": arguments.set}
+    shares = {"sparsity": arguments.sparsity, "scope": arguments.scope, "overrides": arguments.set or None}
     norm = {"norm": arguments.norm} if arguments.norm else {}
     if arguments.nm:
-        given = [name for name, value in (("set", arguments.set), *shares.items(), *norm.items()) if value]
-        if given:
-            raise UsageError(f"prune: --{given[0]} does not go together with --nm.")
+        for name in ("sparsity", "scope", "norm", "set"):
+            if getattr(arguments, name) not in (None, []):
+                raise UsageError(f"prune: --{name} does not go together with --nm.")
         kind, options = prune.NmPruneConfig, {**options, "n": arguments.nm[0], "m": arguments.nm[1]}
     else:
         if arguments.sparsity is None:

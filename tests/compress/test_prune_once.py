@@ -11,6 +11,7 @@ from torch.nn.utils import prune as torch_prune
 
 import bertkern as bk
 from bertkern.compress.prune.select import ranks, smallest
+from bertkern.compress.q8bert import Q8BertConfig, convert, prepare_qat
 from tests.tiny_models import VOCABULARY, inputs, main_output, tiny
 
 NORMS = {"l1": lambda x: x.abs().mean(), "l2": lambda x: x.square().mean().sqrt(), "max": lambda x: x.abs().max()}
@@ -354,6 +355,12 @@ def int8():
     return bk.quantize_(tiny("BertModel"), bk.Int8Config(keep_original=True))
 
 
+def adapted():
+    adapter = type("Linear", (nn.Module,), {"__module__": "peft.tuners.lora.layer"})()
+    adapter.base_layer = linear(8, 8)
+    return nn.Sequential(adapter)
+
+
 CONFIG = bk.BlockPruneConfig(sparsity=0.5, block=(4, 4))
 
 
@@ -364,6 +371,7 @@ CONFIG = bk.BlockPruneConfig(sparsity=0.5, block=(4, 4))
         (lambda: nn.Sequential(accelerated()), "runs by the kernels, such as 0: call bertkern.restore"),
         (lambda: nn.Sequential(bk.nn.PackedLinear(8, 8)), "runs by the kernels, such as 0"),
         (int8, "expected a float model. Got int8 layers, such as embeddings.word_embeddings: prune first"),
+        (adapted, "expected a model without adapters. Got one, such as 0: .* merge them first"),
         (lambda: parametrizations.weight_norm(linear(8, 8)), "expected the layer to hold its weight as a parameter"),
         (lambda: linear(8, 8).to("meta"), "expected weights on a device. Got weight on meta"),
         (lambda: nn.LazyLinear(8), "to be a plain parameter. Got UninitializedParameter"),
@@ -392,11 +400,11 @@ def test_restored_models_can_be_pruned(make):
 
 
 def test_other_bad_arguments():
-    with pytest.raises(TypeError, match="expected a config such as BlockPruneConfig. Got float"):
+    with pytest.raises(TypeError, match=r"expected a config such as BlockPruneConfig. Got float"):
         bk.prune_(linear(8, 8), 0.5)
-    with pytest.raises(ValueError, match="groups of at most 8, the columns of weight. Got 16: skip the matrix"):
+    with pytest.raises(ValueError, match=r"groups of at most 8, the columns of weight. Got 16: skip the matrix"):
         bk.prune_(linear(8, 8), bk.NmPruneConfig(n=1, m=16))
-    with pytest.raises(ValueError, match='expected overrides to name matrices that are pruned. Got "qurey"'):
+    with pytest.raises(ValueError, match=r'expected overrides to name matrices that are pruned. Got "qurey"'):
         bk.prune_(
             tiny("BertModel"), bk.UnstructuredPruneConfig(sparsity=0.5, overrides={"key": 0.1, "qurey": 0.1, "key*": 1})
         )
@@ -406,6 +414,16 @@ def test_a_block_that_does_not_fit_can_be_skipped():
     model = nn.Sequential(linear(8, 8), linear(3, 8))
     masks = bk.prune_(model, bk.BlockPruneConfig(sparsity=0.5, block=(4, 4), skip=("1",)))
     assert list(masks.pruned) == ["0.weight"]
+
+
+def test_models_in_quantization_aware_training_can_be_pruned():
+    model = prepare_qat(tiny("BertForSequenceClassification"), Q8BertConfig.uniform(mode="dynamic"))
+    masks = bk.prune_(model, bk.UnstructuredPruneConfig(sparsity=0.8)).pruned
+    assert len(masks) == 14
+    int8 = convert(model)
+    for name, mask in masks.items():
+        codes = int8.get_submodule(name.removesuffix(".weight")).weight_codes
+        assert not codes[mask].any() and codes.any()
 
 
 def test_light_to_import(run_python):

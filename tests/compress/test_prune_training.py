@@ -339,13 +339,13 @@ def test_states_of_others_are_refused():
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="expected schedule to be a PruneSchedule. Got int"):
+    with pytest.raises(TypeError, match=r"expected schedule to be a PruneSchedule. Got int"):
         bk.Pruner(network(), CONFIG, 100)
-    with pytest.raises(ValueError, match="expected step to be a whole number of at least 0. Got -1"):
+    with pytest.raises(ValueError, match=r"expected step to be a whole number of at least 0. Got -1"):
         bk.Pruner(network(), CONFIG, SCHEDULE, step=-1)
     with pytest.raises(ValueError, match=r"expected schedule.initial to be at most the config's sparsity 0.5. Got 0.6"):
         bk.Pruner(network(), CONFIG, bk.PruneSchedule(initial=0.6))
-    with pytest.raises(TypeError, match="expected a config such as BlockPruneConfig. Got PruneSchedule"):
+    with pytest.raises(TypeError, match=r"expected a config such as BlockPruneConfig. Got PruneSchedule"):
         bk.Pruner(network(), SCHEDULE, SCHEDULE)
 
 

@@ -93,8 +93,13 @@ def _refuse_swapped(model: nn.Module) -> None:
             "bertkern.restore and bertkern.dequantize lead back to floats."
         )
     for name, module in model.named_modules():
+        where = f", such as {name}" if name else ""
+        if type(module).__module__.split(".")[0] == "peft":
+            raise ValueError(
+                f"prune_: expected a model without adapters. Got one{where}: what they add would fill the zeros, so "
+                "merge them first."
+            )
         if RECORD in vars(module) or isinstance(module, PackedLinear):
-            where = f", such as {name}" if name else ""
             raise ValueError(
                 f"prune_: expected a plain model. Got one that runs by the kernels{where}: call bertkern.restore on it "
                 "first, and bertkern.accelerate again when it is pruned."
@@ -139,8 +144,8 @@ def _key(name: str, module: nn.Module) -> str:
     if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
         return "weight_orig"
     raise TypeError(
-        f"prune_: expected {name or 'the layer'} to hold its weight as a parameter. Got one that a parametrization or a "
-        "hook computes: remove it first."
+        f"prune_: expected {name or 'the layer'} to hold its weight as a parameter. "
+        "Got one that a parametrization or a hook computes: remove it first."
     )
 
 
@@ -161,7 +166,8 @@ def _check(name: str, stored: nn.Parameter | None, config: PruneConfig) -> None:
     if isinstance(config, NmPruneConfig):
         if config.m > shape[1]:
             raise ValueError(
-                f"prune_: expected groups of at most {shape[1]}, the columns of {name}. Got {config.m}: skip the matrix."
+                f"prune_: expected groups of at most {shape[1]}, the columns of {name}. Got {config.m}: "
+                "skip the matrix."
             )
         return
     block = config.block_of(shape)
