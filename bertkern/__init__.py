@@ -26,6 +26,16 @@ _SURFACE = {
     "Report": "reports",
     "cpu_isa": "ops",
     "load_checkpoint": "checkpoints",
+    "prune_": "compress.prune",
+    "Pruner": "compress.prune",
+    "Masks": "compress.prune",
+    "PruneConfig": "compress.prune",
+    "PruneSchedule": "compress.prune",
+    "PruneCallback": "compress.prune",
+    "UnstructuredPruneConfig": "compress.prune",
+    "BlockPruneConfig": "compress.prune",
+    "RowColumnPruneConfig": "compress.prune",
+    "NmPruneConfig": "compress.prune",
 }
 
 __all__ = [*sorted(_SURFACE), "__version__"]
