@@ -175,8 +175,9 @@ class Inspection(Report):
         parts: list[Any] = [Text(self.title, style="bold")]
         for head, rows in self._tables():
             drawn = Table(box=None, padding=(0, 1, 0, 0))
-            for name in head:
-                drawn.add_column(name, overflow="fold")
+            for column, name in enumerate(head):
+                # Names stay whole as long as they can; what is in words breaks first.
+                drawn.add_column(name, no_wrap=column == 0, overflow="ellipsis" if column == 0 else "fold")
             for row in rows:
                 drawn.add_row(*map(Text, row))
             parts += [drawn, ""]
@@ -184,7 +185,10 @@ class Inspection(Report):
 
     def _tables(self) -> list[tuple[list[str], list[list[str]]]]:
         head = ["module", "count", "shape", "zeros", "dead rows", "dead columns", "structure", "density"]
-        made = [([*head, "fp32 gain", "int8 gain", "runs as", "why"], _grouped(self.rows))]
+        head, rows = [*head, "fp32 gain", "int8 gain", "runs as", "why"], _grouped(self.rows)
+        if not any(row[-1] for row in rows):
+            head, rows = head[:-1], [row[:-1] for row in rows]
+        made = [(head, rows)]
         lossy = [layer for layer in self.layers if layer.dead_heads or layer.dead_units or layer.foldable_units]
         if lossy:
             head = ["layer", "heads", "dead heads", "units", "dead units", "constant units"]
@@ -310,7 +314,7 @@ class _Blocks:
         self._grids = {(1, 1): mask}
 
     def grid(self, rows: int, columns: int) -> Tensor:
-        """uint8 [N / rows, K / columns], rounded up: 1 where the block holds anything; what is outside holds nothing."""
+        """uint8 [N / rows, K / columns], rounded up: 1 where the block holds anything."""
         if (rows, columns) not in self._grids:
             if rows > 1:
                 fine = _padded(self.grid(rows // 2, columns), 0, 2)

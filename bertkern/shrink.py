@@ -245,7 +245,7 @@ def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
         layer, family = layers[name]
         try:
             heads, _, units = _sizes(family.parts(layer))
-        except Unfit as reason:
+        except (Unfit, AttributeError) as reason:
             raise ValueError(f"narrow: expected {name} to be a layer that can be cut. Got {reason}.") from None
         wanted[name] = Kept(_heads_of(name, width, heads), tuple(range(_units_of(name, width, units))))
     obstacles = _obstacles(model, wanted)
@@ -275,9 +275,10 @@ def unshrink(model: nn.Module, record: Shrunk) -> nn.Module:
     """
     tensors = _full(model, record)
     layers = {name: (layer, family) for name, layer, family in _layers(model)}
-    for name, layer in record.layers.items():
+    for name in record.layers:
         if name not in layers:
             raise RuntimeError(f"unshrink: expected the layer {name} that was shrunk. Got none.")
+    for name, layer in record.layers.items():
         for cut in layer.cuts:
             _put(model.get_submodule(cut.module), cut.tensor, tensors.pop(f"{cut.module}.{cut.tensor}"))
         for module in {cut.module: None for cut in layer.cuts}:

@@ -85,9 +85,9 @@ class MPNetEncoder(FusedEncoder, modeling_mpnet.MPNetEncoder):
 
     def _run_layers(self, x: Tensor, mask: Tensor | None, options: dict[str, Any], states: bool) -> Tensor | None:
         """The last hidden states [B, L, H], or all [layers, B, L, H], or None where the plain path has to run."""
-        bias, kept = self.bias(x), {_kept_heads(layer) for layer in self.layer}
-        if len(kept) == 1:
-            return self.fused(x, mask, (), options, bias=_bias_of(kept.pop(), bias), states=states)
+        bias, kept = self.bias(x), [_kept_heads(layer) for layer in self.layer]
+        if all(heads == kept[0] for heads in kept):
+            return self.fused(x, mask, (), options, bias=_bias_of(kept[0] if kept else None, bias), states=states)
         # The operator takes one bias for all of its layers; these have lost different heads.
         if not all(isinstance(layer, MPNetLayer) for layer in self.layer):
             return None
@@ -120,8 +120,10 @@ class MPNetEncoder(FusedEncoder, modeling_mpnet.MPNetEncoder):
 
 def _kept_heads(layer: nn.Module) -> tuple[int, ...] | None:
     """Which of its first heads a layer still has; None: all, or it is no such layer any more."""
-    attention = getattr(getattr(layer, "attention", None), "attn", None)
-    return getattr(attention, "kept_heads", None)
+    # Asked for every layer at every call: past nn.Module's slow attribute access.
+    block = layer._modules.get("attention")
+    attention = None if block is None else block._modules.get("attn")
+    return None if attention is None else attention.__dict__.get("kept_heads")
 
 
 def _bias_of(kept: tuple[int, ...] | None, bias: Tensor | None) -> Tensor | None:
