@@ -21,7 +21,7 @@ _SURFACE = {
     "calibrate": "compress.static",
     "Calibration": "compress.static",
     "Int8Config": "config",
-    "inspect": "reports",
+    "inspect": "inspect",
     "report": "reports",
     "Report": "reports",
     "cpu_isa": "ops",

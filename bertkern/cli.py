@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add(
         "inspect",
         inspect,
-        "what a model is made of, and what bertkern would do with it",
+        "what pruning left in a model, what that could gain, and what bertkern would do with it",
         _examples("inspect ./my-bert", "inspect sentence-transformers/all-MiniLM-L6-v2 --json"),
     )
     _model_argument(sub)
@@ -274,7 +274,14 @@ def inspect(arguments: argparse.Namespace) -> None:
     import bertkern
 
     report = bertkern.inspect(model)
-    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=1))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(report)
+    else:
+        print(report)
 
 
 def quantize(arguments: argparse.Namespace) -> None:

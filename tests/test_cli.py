@@ -151,9 +151,12 @@ def test_inspect(capsys, tiny_model):
     status, out, err = run(capsys, "inspect", str(tiny_model))
     assert status == 0, err
     assert "encoder.layer" in out
+    assert "structure" in out.splitlines()[1] and "exactly removable: 0 of" in out
     status, out, err = run(capsys, "inspect", str(tiny_model), "--json")
     assert status == 0, err
-    json.loads(out)
+    found = json.loads(out)
+    assert found["layers"] and {"zeros", "structure", "densities", "times"} <= found["rows"][-1].keys()
+    assert found["totals"]["speedup"].keys() == {"fp32", "int8"}
 
 
 def test_quantize_saves_a_model_that_loads(capsys, tiny_model, tmp_path):

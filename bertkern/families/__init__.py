@@ -4,8 +4,10 @@ Such a file holds CLASSES: the class in transformers -> its subclass here, which
 projections. Adding a family is adding a file. Files with a leading underscore are shared by all.
 """
 
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from torch import nn
 
@@ -21,3 +23,23 @@ def classes_of(model_type: str) -> dict[type[nn.Module], type[nn.Module]]:
     if not name.isidentifier() or name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
         return {}
     return import_module(f"{__name__}.{name}").CLASSES
+
+
+def layers_of(root: nn.Module) -> Iterator[tuple[str, nn.Module, type[Any]]]:
+    """The layers of a transformers model of a known family, fused or not: name, layer and the family's class of layers.
+
+    The class need not be that of the layer: `parts` and `set_heads` of it take layers of transformers' own class, too.
+
+    Example:
+        >>> [name for name, layer, family in layers_of(bert) if family.parts(layer).scaling == 0.125][:1]
+        ['encoder.layer.0']
+    """
+    classes = {cls: fused for cls, fused in classes_of(_model_type(root)).items() if hasattr(fused, "parts")}
+    classes |= {fused: fused for fused in classes.values()}
+    for name, module in root.named_modules():
+        if type(module) in classes:
+            yield name, module, classes[type(module)]
+
+
+def _model_type(root: nn.Module) -> str:
+    return getattr(getattr(root, "config", None), "model_type", "") or ""

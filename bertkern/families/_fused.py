@@ -207,8 +207,28 @@ class FusedLayer(_FusedLayers):
     """A mixin for layers; a family adds `parts`."""
 
     def parts(self) -> LayerParts:
-        """Where this layer keeps what the operator needs; raises Unfit."""
+        """Where this layer keeps what the operator needs; raises Unfit. `self` may be of the unfused class."""
         raise NotImplementedError
+
+    @classmethod
+    def set_heads(cls, layer: nn.Module, kept: tuple[int, ...] | None, count: int) -> None:
+        """Tells the attention of `layer`, whose projections have another width now, that it has `count` heads.
+
+        Args:
+            layer: of this class or of the unfused one.
+            kept: which ones they are of those that it was built with, ascending; None: all of them.
+        """
+        parts = cls.parts(layer)
+        attention = parts.query[0]
+        for name in ("num_attention_heads", "n_heads"):
+            if hasattr(attention, name):
+                setattr(attention, name, count)
+        if hasattr(attention, "all_head_size"):
+            attention.all_head_size = count * attention.attention_head_size
+        if kept is None:
+            attention.__dict__.pop("kept_heads", None)
+        else:
+            attention.kept_heads = kept
 
     def layers(self) -> list[nn.Module]:
         return [self]

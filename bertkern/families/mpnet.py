@@ -1,7 +1,9 @@
 """MPNet: a relative position bias that all layers share, no token types, and results in tuples."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet import modeling_mpnet
 
@@ -9,6 +11,14 @@ from ..nn.encoder import LayerParts
 from ..nn.packing import version
 from ._attention import additive
 from ._fused import FusedEmbeddings, FusedEncoder, FusedLayer
+
+
+class MPNetSelfAttention(modeling_mpnet.MPNetSelfAttention):
+    """Attention that has lost heads: it takes the bias of those that it kept from the bias of all."""
+
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
+        bias = _bias_of(self.kept_heads, position_bias)
+        return super().forward(hidden_states, attention_mask, bias, output_attentions, **kwargs)
 
 
 class MPNetLayer(FusedLayer, modeling_mpnet.MPNetLayer):
@@ -29,9 +39,16 @@ class MPNetLayer(FusedLayer, modeling_mpnet.MPNetLayer):
             scaling=attention.attention_head_size**-0.5,
         )
 
+    @classmethod
+    def set_heads(cls, layer, kept, count):
+        super().set_heads(layer, kept, count)
+        attention = layer.attention.attn
+        attention.__class__ = modeling_mpnet.MPNetSelfAttention if kept is None else MPNetSelfAttention
+
     def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
         if not output_attentions:
-            y = self.fused(hidden_states, attention_mask, (), kwargs, bias=position_bias)
+            bias = _bias_of(_kept_heads(self), position_bias)
+            y = self.fused(hidden_states, attention_mask, (), kwargs, bias=bias)
             if y is not None:
                 return (y,)
         mask = additive(attention_mask, hidden_states.dtype)
@@ -66,6 +83,20 @@ class MPNetEncoder(FusedEncoder, modeling_mpnet.MPNetEncoder):
             known = self._bias = (key, table, self.compute_position_bias(x[:1]).float())
         return known[2]
 
+    def _run_layers(self, x: Tensor, mask: Tensor | None, options: dict[str, Any], states: bool) -> Tensor | None:
+        """The last hidden states [B, L, H], or all [layers, B, L, H], or None where the plain path has to run."""
+        bias, kept = self.bias(x), [_kept_heads(layer) for layer in self.layer]
+        if all(heads == kept[0] for heads in kept):
+            return self.fused(x, mask, (), options, bias=_bias_of(kept[0] if kept else None, bias), states=states)
+        # The operator takes one bias for all of its layers; these have lost different heads.
+        if not all(isinstance(layer, MPNetLayer) for layer in self.layer):
+            return None
+        outputs = []
+        for layer in self.layer:
+            x = layer(x, mask, bias, **options)[0]
+            outputs.append(x)
+        return torch.stack(outputs) if states else x
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -76,8 +107,7 @@ class MPNetEncoder(FusedEncoder, modeling_mpnet.MPNetEncoder):
         **kwargs,
     ):
         if not output_attentions and not self.training:
-            bias = self.bias(hidden_states)
-            y = self.fused(hidden_states, attention_mask, (), kwargs, bias=bias, states=bool(output_hidden_states))
+            y = self._run_layers(hidden_states, attention_mask, kwargs, bool(output_hidden_states))
             if y is not None:
                 states = (hidden_states, *y.unbind(0)) if output_hidden_states else None
                 last = states[-1] if output_hidden_states else y
@@ -86,6 +116,19 @@ class MPNetEncoder(FusedEncoder, modeling_mpnet.MPNetEncoder):
                 return (last, states) if output_hidden_states else (last,)
         mask = additive(attention_mask, hidden_states.dtype)
         return super().forward(hidden_states, mask, output_attentions, output_hidden_states, return_dict, **kwargs)
+
+
+def _kept_heads(layer: nn.Module) -> tuple[int, ...] | None:
+    """Which of its first heads a layer still has; None: all, or it is no such layer any more."""
+    # Asked for every layer at every call: past nn.Module's slow attribute access.
+    block = layer._modules.get("attention")
+    attention = None if block is None else block._modules.get("attn")
+    return None if attention is None else attention.__dict__.get("kept_heads")
+
+
+def _bias_of(kept: tuple[int, ...] | None, bias: Tensor | None) -> Tensor | None:
+    """The position bias [1 or B, kept heads, L, L] from that of all heads."""
+    return bias if kept is None or bias is None else bias[:, list(kept)]
 
 
 class MPNetEmbeddings(FusedEmbeddings, modeling_mpnet.MPNetEmbeddings):

@@ -1,0 +1,653 @@
+"""Attention heads and feed-forward units that change no answer: which they are, and their exact removal.
+
+A head may go if its columns of the output projection are zero, or its rows of V and V's bias are: then it adds nothing.
+Zeros in Q or K say nothing of the kind: a zero Q attends evenly to everything. A feed-forward unit may go if its column
+of the second matrix is zero. If only its row of the first is, it is the constant act(bias), which folds into the second
+bias. NaN and Inf are not zero, and what holds one is never removed: 0 x NaN is the answer's NaN.
+
+`shrink` removes and returns a record, `unshrink` undoes it bit for bit, `full_state_dict` writes the checkpoint as if
+nothing had been removed, and `narrow` cuts a model without values to the widths of a ragged checkpoint.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+
+from . import plan
+from .nn import PackedLinear
+from .nn.activations import activation_code
+from .nn.encoder import LayerParts, Unfit
+
+# Activations of torch that see more than one unit, or that draw random numbers.
+_NOT_ELEMENTWISE = (
+    nn.Softmax,
+    nn.Softmax2d,
+    nn.LogSoftmax,
+    nn.Softmin,
+    nn.GLU,
+    nn.RReLU,
+    nn.MultiheadAttention,
+)
+_TENSORS = {"weight": ("weight", "weight_orig", "weight_mask"), "bias": ("bias", "bias_orig", "bias_mask")}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one layer could lose.
+
+    Attributes:
+        heads: how many heads it has.
+        head_size: their width.
+        dead_heads: those that add nothing.
+        units: the width of the feed-forward.
+        dead_units: units that nothing reads.
+        foldable_units: units that are constant, and read.
+    """
+
+    heads: int
+    head_size: int
+    dead_heads: tuple[int, ...]
+    units: int
+    dead_units: tuple[int, ...]
+    foldable_units: tuple[int, ...]
+
+    def kept(self) -> "Kept":
+        """What is left when all that may go is gone; a head and a unit stay in any case."""
+        gone, folded = {*self.dead_units, *self.foldable_units}, self.foldable_units
+        heads = tuple(head for head in range(self.heads) if head not in set(self.dead_heads)) or (0,)
+        units = tuple(unit for unit in range(self.units) if unit not in gone)
+        if not units:
+            units, folded = (self.dead_units[:1], folded) if self.dead_units else (folded[:1], folded[1:])
+        return Kept(heads, units, folded)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a layer keeps.
+
+    Attributes:
+        heads: which of its heads, ascending, as counted before.
+        units: which of its feed-forward units, ascending, as counted before.
+        folded: units, not among the kept ones, whose constant goes into the second bias.
+    """
+
+    heads: tuple[int, ...]
+    units: tuple[int, ...]
+    folded: tuple[int, ...] = ()
+
+
+@dataclass
+class Cut:
+    """One tensor's loss.
+
+    Attributes:
+        module, tensor: where it is.
+        dim: along which it was cut.
+        kept: indices of what is left, int64.
+        removed: the rest, in order.
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    kept: Tensor
+    removed: Tensor
+
+
+@dataclass
+class Fold:
+    """A bias that took constants up.
+
+    Attributes:
+        module: whose bias.
+        before: its values; None where there was no bias.
+        after: its values with the constants.
+    """
+
+    module: str
+    before: Tensor | None
+    after: Tensor
+
+
+@dataclass
+class LayerCut:
+    """What one layer lost.
+
+    Attributes:
+        kept: what is left, as counted before.
+        heads, units: how many it had.
+        numbers: the `kept_heads` that its attention had: of an earlier cut, or None.
+        cuts: of its tensors.
+        fold: of the second bias, if any.
+    """
+
+    kept: Kept
+    heads: int
+    units: int
+    numbers: tuple[int, ...] | None
+    cuts: list[Cut]
+    fold: Fold | None = None
+
+
+@dataclass
+class Shrunk:
+    """What `shrink` or `narrow` removed from a model, for `unshrink`; holds the removed values and nothing else.
+
+    Names are relative to the model that was shrunk, so the record may be copied and pickled beside it.
+
+    Attributes:
+        layers: what each layer lost, by its name; layers that lost nothing are not there.
+        left: why layers with something to remove, or that could not be looked into, were left alone, by name.
+    """
+
+    layers: dict[str, LayerCut] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the removed values."""
+        return sum(cut.removed.nbytes for layer in self.layers.values() for cut in layer.cuts)
+
+    def widths(self) -> dict[str, dict[str, Any]]:
+        """What is left as JSON values, for a config: {layer: {"heads": [...], "units": n, "bias": true}}.
+
+        "bias" stands where the second feed-forward matrix has a bias only for the constants that it took up. `narrow`
+        takes this.
+        """
+        made = {}
+        for name, layer in self.layers.items():
+            numbers = layer.numbers or range(layer.heads)
+            made[name] = {"heads": [numbers[i] for i in layer.kept.heads], "units": len(layer.kept.units)}
+            if layer.fold is not None and layer.fold.before is None:
+                made[name]["bias"] = True
+        return made
+
+
+def find(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
+    """What every layer of a known family could lose without a change of the model's answers. Changes nothing.
+
+    Returns:
+        Found by the layer's name, and, by name, why other layers could not be looked into.
+
+    Example:
+        >>> find(bert)[0]["encoder.layer.0"].dead_heads
+        (3, 7)
+    """
+    found, left = {}, {}
+    for name, layer, family in _layers(model):
+        try:
+            parts = family.parts(layer)
+            found[name] = _find(parts)
+        except Unfit as reason:
+            left[name] = str(reason)
+        except AttributeError as error:
+            left[name] = f"its parts have moved: {error}"
+    return found, left
+
+
+def shrink(model: nn.Module) -> Shrunk:
+    """Removes dead heads and feed-forward units from the layers of known families, in place.
+
+    Rows of Q, K and V and columns of the output projection go with a head; rows of the first and columns of the second
+    feed-forward matrix with a unit; act(bias) of constant units goes into the second bias. Answers differ by rounding
+    alone. Modules stay, their parameters are exchanged for narrower ones; under torch.nn.utils.prune, originals and
+    masks are cut alike. A layer always keeps one head and one unit, be they dead: transformers' own code cannot run
+    without. Attention weights, where asked for, are those of the heads that are left.
+
+    Layers are left alone, with the reason in the record, if their weights are shared or computed, or if hooks see them.
+
+    Returns:
+        What was removed, for `unshrink`, `full_tensors` and `full_state_dict`.
+
+    Example:
+        >>> record = shrink(model)
+        >>> model = accelerate(model)  # its kernels read the widths from the projections
+        >>> unshrink(restore(model), record)
+
+    Source: arXiv 1905.10650 (heads), 1910.06360 (heads and units).
+    """
+    found, left = find(model)
+    record = _narrow(model, {name: layer.kept() for name, layer in found.items()})
+    record.left = {**left, **record.left}
+    return record
+
+
+def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
+    """Cuts layers to given heads and numbers of units, whatever their values; also on the meta device.
+
+    For models that a ragged checkpoint is about to be loaded into.
+
+    Args:
+        widths: as of `Shrunk.widths`: by name of the layer, "heads" to keep and the number of "units"; "bias": whether
+            the second feed-forward matrix gets a bias that it does not have.
+
+    Raises:
+        ValueError: names, heads or numbers that the model does not have, or layers that cannot be cut; the model is
+            unchanged then.
+
+    Example:
+        >>> narrow(model, {"encoder.layer.0": {"heads": [0, 5], "units": 717}}).widths()
+        {'encoder.layer.0': {'heads': [0, 5], 'units': 717}}
+    """
+    layers = {name: (layer, family) for name, layer, family in _layers(model)}
+    wanted = {}
+    for name, width in widths.items():
+        if name not in layers:
+            raise ValueError(f"narrow: expected layers of a known family. Got {name!r}.")
+        layer, family = layers[name]
+        try:
+            heads, _, units = _sizes(family.parts(layer))
+        except (Unfit, AttributeError) as reason:
+            raise ValueError(f"narrow: expected {name} to be a layer that can be cut. Got {reason}.") from None
+        wanted[name] = Kept(_heads_of(name, width, heads), tuple(range(_units_of(name, width, units))))
+    obstacles = _obstacles(model, wanted)
+    for name, reason in obstacles.items():
+        raise ValueError(f"narrow: expected {name} to be a layer that can be cut. Got one that cannot: {reason}.")
+    record = _narrow(model, wanted)
+    for name, width in widths.items():
+        layer, family = layers[name]
+        ffn2 = getattr(*family.parts(layer).ffn2)
+        if width.get("bias") and ffn2.bias is None and name in record.layers:
+            ffn2.bias = nn.Parameter(ffn2.weight.new_zeros(ffn2.out_features), ffn2.weight.requires_grad)
+            record.layers[name].fold = Fold(_slot_names(model, name, family)["ffn2"], None, ffn2.bias.detach().clone())
+    return record
+
+
+def unshrink(model: nn.Module, record: Shrunk) -> nn.Module:
+    """Puts back what `shrink` removed, in place: every tensor has its shape and, unless changed since, its bits again.
+
+    What was changed since, such as by an optimizer or a cast, stays as changed; the removed part follows in dtype and
+    device.
+
+    Args:
+        model: the one that was shrunk, with its float modules (after int8 ones were taken out).
+
+    Raises:
+        RuntimeError: tensors that are not those which were cut; the model is unchanged then.
+    """
+    tensors = _full(model, record)
+    layers = {name: (layer, family) for name, layer, family in _layers(model)}
+    for name in record.layers:
+        if name not in layers:
+            raise RuntimeError(f"unshrink: expected the layer {name} that was shrunk. Got none.")
+    for name, layer in record.layers.items():
+        for cut in layer.cuts:
+            _put(model.get_submodule(cut.module), cut.tensor, tensors.pop(f"{cut.module}.{cut.tensor}"))
+        for module in {cut.module: None for cut in layer.cuts}:
+            _settle(model.get_submodule(module))
+        if layer.fold is not None:
+            _put(model.get_submodule(layer.fold.module), "bias", tensors.pop(f"{layer.fold.module}.bias"))
+        module, family = layers[name]
+        family.set_heads(module, layer.numbers, layer.heads)
+    return model
+
+
+def full_tensors(model: nn.Module, record: Shrunk, prefix: str = "") -> dict[str, Tensor | None]:
+    """The tensors that `shrink` cut or changed as `unshrink` would put them back, by their names in the state dict.
+
+    The model stays as it is. A bias that exists only for folded constants is None here: it had no place before.
+
+    Args:
+        prefix: of a module inside `model`: only what is below it is given, by the names it has there.
+
+    Raises:
+        RuntimeError: tensors that are not those which were cut.
+    """
+    start = f"{prefix}." if prefix else ""
+    full = _full(model, record)
+    return {name.removeprefix(start): tensor for name, tensor in full.items() if name.startswith(start)}
+
+
+def full_state_dict(model: nn.Module, record: Shrunk) -> dict[str, Tensor]:
+    """`model.state_dict()` as if nothing had been removed: the plain dense checkpoint.
+
+    Raises:
+        RuntimeError: tensors that are not those which were cut.
+    """
+    state = dict(model.state_dict())
+    for name, tensor in full_tensors(model, record).items():
+        if tensor is None:
+            state.pop(name, None)
+        else:
+            state[name] = tensor
+    return state
+
+
+def slices(model: nn.Module, found: Mapping[str, Found]) -> dict[str, tuple[int, Tensor]]:
+    """Of the linears that `shrink` would cut, by name: the dimension, and the indices that stay."""
+    made: dict[str, tuple[int, Tensor]] = {}
+    for name, _, family in _layers(model):
+        if name in found:
+            layer = found[name]
+            names = _slot_names(model, name, family)
+            cut = _slices(layer.kept(), layer.heads, layer.head_size, layer.units)
+            made |= {names[slot]: how for slot, how in cut.items()}
+    return made
+
+
+def effective(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """The tensor that `module` computes with: under torch.nn.utils.prune the masked one, as of now.
+
+    Example:
+        >>> linear = torch.nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 8)
+        >>> int((effective(linear) == 0).sum())
+        8
+    """
+    original, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
+    with torch.no_grad():
+        if original is not None and mask is not None:
+            # The attribute is as old as the last forward pass.
+            return original.detach() * mask.to(original.dtype)
+        tensor = getattr(module, name, None)
+    known = isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor)
+    return tensor.detach() if known else None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` can be read one by one: not on meta, no subclass, not sparse."""
+    return type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
+
+
+def pruned_by_hook(module: nn.Module) -> bool:
+    """Whether torch.nn.utils.prune computes a tensor of `module`."""
+    return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module, type[Any]]]:
+    """The layers of known families in `model`: name, layer and the family's class of layers."""
+    made = []
+    for prefix, root in plan.pretrained_roots(model).items():
+        from .families import layers_of
+
+        made += [(f"{prefix}.{name}" if prefix else name, *rest) for name, *rest in layers_of(root)]
+    return made
+
+
+def _sizes(parts: LayerParts) -> tuple[int, int, int]:
+    """Heads, head size and units of a layer; raises Unfit where its matrices do not fit together."""
+    linears = [getattr(*slot) for slot in parts.linears()]
+    for linear in linears:
+        if not isinstance(linear, nn.Linear) or isinstance(linear, nn.LazyLinear):
+            raise Unfit(f"a projection is {type(linear).__name__}")
+    query, key, value, out, ffn1, ffn2 = linears
+    width, size = query.out_features, round(parts.scaling**-2)
+    fits = (
+        width > 0
+        and size > 0
+        and width % size == 0
+        and key.out_features == value.out_features == out.in_features == width
+        and ffn1.out_features == ffn2.in_features > 0
+    )
+    if not fits:
+        raise Unfit("projections whose shapes do not fit")
+    return width // size, size, ffn1.out_features
+
+
+def _find(parts: LayerParts) -> Found:
+    heads, size, units = _sizes(parts)
+    slots = (getattr(*slot) for slot in parts.linears())
+    (wq, bq), (wk, bk), (wv, bv), (wo, _), (w1, b1), (w2, _) = ((effective(m), effective(m, "bias")) for m in slots)
+    for weight, slot in zip((wq, wk, wv, wo, w1, w2), parts.linears(), strict=True):
+        linear = getattr(*slot)
+        if not readable(weight) or tuple(weight.shape) != (linear.out_features, linear.in_features):
+            raise Unfit("its weights cannot be read")
+
+    unread = ~(wo != 0).any(0).view(heads, size).any(1)
+    silent = ~(wv != 0).any(1).view(heads, size).any(1)
+    if bv is not None:
+        silent &= ~(bv != 0).view(heads, size).any(1)
+    dead_heads = []
+    for head in _indices(unread | silent):
+        rows = slice(head * size, (head + 1) * size)
+        if _finite(wq[rows], wk[rows], wv[rows], wo[:, rows], *(b[rows] for b in (bq, bk, bv) if b is not None)):
+            dead_heads.append(head)
+
+    if not _elementwise(getattr(*parts.activation)):
+        return Found(heads, size, tuple(dead_heads), units, (), ())
+    unread = ~(w2 != 0).any(0)
+    constant = ~(w1 != 0).any(1) & ~unread
+    dead = [u for u in _indices(unread) if _finite(w1[u], *(b[u] for b in (b1,) if b is not None))]
+    foldable = [u for u in _indices(constant) if _finite(w2[:, u])]
+    if foldable:
+        values = torch.isfinite(_constants(parts, foldable)).tolist()
+        foldable = [unit for unit, finite in zip(foldable, values, strict=True) if finite]
+    return Found(heads, size, tuple(dead_heads), units, tuple(dead), tuple(foldable))
+
+
+def _constants(parts: LayerParts, units: Sequence[int]) -> Tensor:
+    """What units whose row of the first matrix is zero always are: act(bias), fp64 [units]."""
+    ffn1 = getattr(*parts.ffn1)
+    bias = effective(ffn1, "bias")
+    with torch.no_grad():
+        x = effective(ffn1).new_zeros(len(units)) if bias is None else bias[list(units)]
+        return getattr(*parts.activation)(x.double())
+
+
+def _narrow(model: nn.Module, wanted: Mapping[str, Kept]) -> Shrunk:
+    """Cuts the layers to what is wanted; what cannot be cut stays, with its reason in the record."""
+    layers = {name: (layer, family) for name, layer, family in _layers(model)}
+    record = Shrunk()
+    wanted = {name: kept for name, kept in wanted.items() if _loses(kept, *layers[name])}
+    record.left = _obstacles(model, wanted)
+    for name, kept in wanted.items():
+        if name in record.left:
+            continue
+        layer, family = layers[name]
+        parts = family.parts(layer)
+        heads, size, units = _sizes(parts)
+        numbers = getattr(parts.query[0], "kept_heads", None)
+        names = _slot_names(model, name, family)
+        entry = LayerCut(kept, heads, units, numbers, [])
+        if kept.folded:
+            entry.fold = _fold(parts, kept.folded, names["ffn2"])
+        for slot, (dim, indices) in _slices(kept, heads, size, units).items():
+            entry.cuts += _cut(getattr(*getattr(parts, slot)), names[slot], dim, indices)
+        if len(kept.heads) < heads:
+            before = numbers or tuple(range(heads))
+            family.set_heads(layer, tuple(before[head] for head in kept.heads), len(kept.heads))
+        record.layers[name] = entry
+    return record
+
+
+def _slices(kept: Kept, heads: int, size: int, units: int) -> dict[str, tuple[int, Tensor]]:
+    """Of the linears that lose something, by their field of LayerParts: the dimension and the indices that stay."""
+    slices = {}
+    if len(kept.heads) < heads:
+        rows = torch.tensor([head * size + i for head in kept.heads for i in range(size)])
+        slices |= {"query": (0, rows), "key": (0, rows), "value": (0, rows), "out": (1, rows)}
+    if len(kept.units) < units:
+        rows = torch.tensor(kept.units)
+        slices |= {"ffn1": (0, rows), "ffn2": (1, rows)}
+    return slices
+
+
+def _loses(kept: Kept, layer: nn.Module, family: type[Any]) -> bool:
+    heads, _, units = _sizes(family.parts(layer))
+    return len(kept.heads) < heads or len(kept.units) < units
+
+
+def _obstacles(model: nn.Module, wanted: Mapping[str, Kept]) -> dict[str, str]:
+    """Why layers among the wanted ones cannot be cut, by name."""
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    held = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    obstacles = {}
+    for name, layer, family in _layers(model):
+        if name not in wanted:
+            continue
+        parts = family.parts(layer)
+        linears = [getattr(*slot) for slot in parts.linears()]
+        reasons = [_obstacle(linear) for linear in linears]
+        twice = [module for module in layer.modules() if module is not layer and held[id(module)] > 1]
+        if any(linear in module.modules() for module in twice for linear in linears):
+            reasons.append("its projections are shared")
+        if any(uses[id(p)] > 1 for linear in linears for p in linear._parameters.values() if p is not None):
+            reasons.append("its weights are shared")
+        if wanted[name].folded and "bias_mask" in getattr(*parts.ffn2)._buffers:
+            reasons.append("a mask lies over the bias that would take constants up")
+        if any(reasons):
+            obstacles[name] = next(filter(None, reasons))
+    return obstacles
+
+
+def _obstacle(linear: nn.Linear) -> str:
+    if type(linear) not in (nn.Linear, PackedLinear):
+        return f"a projection is {type(linear).__name__}"
+    if linear._forward_hooks or any(not isinstance(h, BasePruningMethod) for h in linear._forward_pre_hooks.values()):
+        return "a projection has hooks"
+    masked = "weight_orig" in linear._parameters and "weight_mask" in linear._buffers
+    return "" if masked or "weight" in linear._parameters else "a weight is computed"
+
+
+def _slot_names(model: nn.Module, layer: str, family: type[Any]) -> dict[str, str]:
+    """The names in `model` of the layer's linears, by their field of LayerParts."""
+    module = model.get_submodule(layer)
+    parts, names = family.parts(module), {id(m): n for n, m in module.named_modules(prefix=layer)}
+    slots = ("query", "key", "value", "out", "ffn1", "ffn2")
+    return {slot: names[id(getattr(*getattr(parts, slot)))] for slot in slots}
+
+
+def _cut(linear: nn.Linear, name: str, dim: int, kept: Tensor) -> list[Cut]:
+    """Cuts the weight of `linear` along `dim`, its bias too if that is rows, and what masks them."""
+    size = linear.out_features if dim == 0 else linear.in_features
+    rest = torch.ones(size, dtype=torch.bool)
+    rest[kept] = False
+    rest = rest.nonzero().flatten()
+    cuts = []
+    for tensor_name in (*_TENSORS["weight"], *(_TENSORS["bias"] if dim == 0 else ())):
+        tensor = linear._parameters.get(tensor_name)
+        tensor = linear._buffers.get(tensor_name) if tensor is None else tensor
+        if tensor is None:
+            continue
+        with torch.no_grad():
+            part = tensor.detach()
+            cuts.append(Cut(name, tensor_name, dim, kept, part.index_select(dim, rest.to(part.device))))
+            _put(linear, tensor_name, part.index_select(dim, kept.to(part.device)))
+    _settle(linear)
+    return cuts
+
+
+def _fold(parts: LayerParts, units: Sequence[int], name: str) -> Fold | None:
+    """Adds the constants of `units` to the second bias, in fp64 before it is rounded once; None: they are zero."""
+    ffn2 = getattr(*parts.ffn2)
+    weight, before = effective(ffn2), ffn2.bias
+    with torch.no_grad():
+        constant = weight[:, list(units)].double() @ _constants(parts, units).to(weight.device)
+        if not bool(constant.any()):
+            return None
+        start = 0.0 if before is None else before.detach().double()
+        after = (start + constant).to(weight.dtype if before is None else before.dtype)
+    _put(ffn2, "bias", after)
+    return Fold(name, None if before is None else before.detach().clone(), after.clone())
+
+
+def _full(model: nn.Module, record: Shrunk) -> dict[str, Tensor | None]:
+    """Every cut or folded tensor as it was, by name; raises RuntimeError where the model does not fit the record."""
+    full: dict[str, Tensor | None] = {}
+    for layer in record.layers.values():
+        for cut in layer.cuts:
+            name = f"{cut.module}.{cut.tensor}"
+            # A matrix is cut once: heads and units lie in different ones.
+            full[name] = _joined(_tensor(model, cut.module, cut.tensor), cut, name)
+        if layer.fold is not None:
+            full[f"{layer.fold.module}.bias"] = _unfolded(_tensor(model, layer.fold.module, "bias"), layer.fold)
+    return full
+
+
+def _tensor(model: nn.Module, module: str, name: str) -> Tensor | None:
+    try:
+        holder = model.get_submodule(module)
+    except AttributeError:
+        return None
+    tensor = holder._parameters.get(name)
+    return holder._buffers.get(name) if tensor is None else tensor
+
+
+def _joined(tensor: Tensor | None, cut: Cut, name: str) -> Tensor:
+    expected = list(cut.removed.shape)
+    expected[cut.dim] = len(cut.kept)
+    if tensor is None or list(tensor.shape) != expected:
+        got = "none" if tensor is None else list(tensor.shape)
+        raise RuntimeError(f"unshrink: expected {name} of shape {expected}, as it was left. Got {got}.")
+    with torch.no_grad():
+        shape = list(expected)
+        shape[cut.dim] += cut.removed.shape[cut.dim]
+        full = tensor.new_empty(shape)
+        rest = torch.ones(shape[cut.dim], dtype=torch.bool)
+        rest[cut.kept] = False
+        removed = cut.removed.to(tensor.device, tensor.dtype)
+        full.index_copy_(cut.dim, rest.nonzero().flatten().to(tensor.device), removed)
+        return full.index_copy_(cut.dim, cut.kept.to(tensor.device), tensor.detach())
+
+
+def _unfolded(bias: Tensor | None, fold: Fold) -> Tensor | None:
+    if bias is None or bias.shape != fold.after.shape:
+        got = "none" if bias is None else list(bias.shape)
+        raise RuntimeError(f"unshrink: expected {fold.module}.bias of shape {list(fold.after.shape)}. Got {got}.")
+    with torch.no_grad():
+        before, after = fold.before, fold.after.to(bias.device, bias.dtype)
+        if bias.device.type == "meta" or torch.equal(bias, after):
+            return None if before is None else before.to(bias.device, bias.dtype, copy=True)
+        # Changed since: the constants go, the change stays.
+        old = 0.0 if before is None else before.to(bias.device).double()
+        return (bias.double() - (fold.after.to(bias.device).double() - old)).to(bias.dtype)
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """Exchanges a parameter or buffer of a linear for another, of another shape maybe."""
+    if name in module._buffers:
+        module._buffers[name] = tensor
+        return
+    old = module._parameters.get(name)
+    gradient = (module.weight if old is None else old).requires_grad
+    setattr(module, name, None if tensor is None else nn.Parameter(tensor, requires_grad=gradient))
+
+
+def _settle(linear: nn.Linear) -> None:
+    """Makes what depends on the shape of the tensors follow them."""
+    weight = linear._parameters.get("weight")
+    weight = linear._parameters["weight_orig"] if weight is None else weight
+    linear.out_features, linear.in_features = weight.shape
+    for hook in linear._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            hook(linear, None)
+
+
+def _elementwise(activation: Any) -> bool:
+    """Whether an activation computes each unit from itself alone."""
+    if activation_code(activation) is not None:
+        return True
+    if not isinstance(activation, nn.Module) or next(activation.parameters(), None) is not None:
+        return False
+    known = type(activation).__module__ in ("transformers.activations", "torch.nn.modules.activation")
+    return known and not isinstance(activation, _NOT_ELEMENTWISE)
+
+
+def _heads_of(name: str, width: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    heads = width.get("heads")
+    right = isinstance(heads, (list, tuple)) and bool(heads) and all(type(head) is int for head in heads)
+    if not right or list(heads) != sorted(set(heads)) or not 0 <= heads[0] <= heads[-1] < count:
+        raise ValueError(f"narrow: expected heads of {name} to be ascending, from 0 to {count - 1}. Got {heads!r}.")
+    return tuple(heads)
+
+
+def _units_of(name: str, width: Mapping[str, Any], count: int) -> int:
+    units = width.get("units")
+    if type(units) is not int or not 1 <= units <= count:
+        raise ValueError(f"narrow: expected units of {name} to be from 1 to {count}. Got {units!r}.")
+    return units
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()
