@@ -17,6 +17,8 @@ _SURFACE = {
     "accelerate": "swap",
     "quantize_": "swap",
     "restore": "swap",
+    "plan_of": "swap",
+    "Plan": "tuning",
     "dequantize": "swap",
     "calibrate": "compress.static",
     "Calibration": "compress.static",

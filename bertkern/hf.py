@@ -23,7 +23,10 @@ _TABLE = ("weight_codes", "weight_scale")
 
 @register_quantization_config(METHOD)
 class BertkernConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a config.json: Int8Config's fields beside `quant_method`.
+    """The `quantization_config` of a config.json: Int8Config's fields beside `quant_method`, and `widths`.
+
+    Attributes:
+        widths: of layers with fewer heads or units than the model's config says, as `shrink.narrow` takes them.
 
     Raises:
         ValueError: a version or field that this release does not know.
@@ -32,10 +35,14 @@ class BertkernConfig(QuantizationConfigMixin):
     def __init__(self, **fields: Any) -> None:
         fields.pop("quant_method", None)
         self.quant_method = METHOD
+        self.widths = fields.pop("widths", None) or {}
+        if not isinstance(self.widths, dict):
+            raise ValueError(f"Int8Config: expected widths by name of the layer. Got {self.widths!r}.")
         self.config = Int8Config.from_dict(fields)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, **self.config.to_dict()}
+        widths = {"widths": self.widths} if self.widths else {}
+        return {"quant_method": METHOD, **self.config.to_dict(), **widths}
 
 
 @register_quantizer(METHOD)
@@ -59,6 +66,7 @@ class BertkernQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         if self.pre_quantized:
+            narrow_to(model, self.quantization_config.widths)
             self._ties = build_skeleton(model, self.quantization_config.config, checkpoint_files)
         return model
 
@@ -88,7 +96,10 @@ def attach(model: nn.Module, config: Int8Config | None = None) -> None:
     Args:
         config: what it was made with; None: read from the modules. What stayed float against it goes into `skip`.
     """
-    quantizer = BertkernQuantizer(BertkernConfig(**describe(model, config).to_dict()))
+    from .shrink import ragged
+
+    widths = {name.removeprefix(f"{model.base_model_prefix}."): width for name, width in ragged(model).items()}
+    quantizer = BertkernQuantizer(BertkernConfig(**describe(model, config).to_dict(), widths=widths))
     for module in _pretrained(model):
         module.hf_quantizer = quantizer
         module.is_quantized = True
@@ -141,6 +152,22 @@ def describe(model: nn.Module, config: Int8Config | None = None) -> Int8Config:
     float_linears = [choice.name for choice in plan.choose(model, bare) if choice.action == "int8"]
     float_tables = swap.family_tables(model) if config.embeddings else []
     return replace(bare, skip=tuple(sorted({*float_linears, *float_tables})))
+
+
+def narrow_to(model: nn.Module, widths: dict[str, Any]) -> None:
+    """Cuts a model without values to the widths of its checkpoint; names are those in the base model.
+
+    Raises:
+        ValueError: widths that the model cannot have.
+    """
+    if widths:
+        from .shrink import narrow
+
+        own = model.base_model is model or not model.base_model_prefix
+        start = "" if own else f"{model.base_model_prefix}."
+        # transformers builds models under the meta device; what stays is counted on a real one.
+        with torch.device("cpu"):
+            narrow(model, {start + str(name): width for name, width in widths.items()})
 
 
 def build_skeleton(model: nn.Module, config: Int8Config, files: Iterable[str] | None) -> dict[str, str]:

@@ -261,7 +261,7 @@ def inspect(model: nn.Module) -> Inspection:
             first = next(row for row in rows if row.name == same_as)
             structure = {key: getattr(first, key) for key in _FOUND}
         times = _times(weight, structure["densities"], slices.get(name)) if linear else None
-        pruned = shrink.pruned_by_hook(module)
+        pruned = plan.pruned_by_hook(module)
         same_as = "" if same_as == name else same_as
         rows.append(Matrix(*about, **structure, pruned=pruned, same_as=same_as, times=times))
     layers = [

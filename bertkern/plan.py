@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from .config import Int8Config
-from .nn import Int8Embedding, Int8Linear, PackedLinear
+from .nn import Int8Embedding, Int8Linear, PackedLinear, SparseLinear
 from .nn.int8 import finite
 from .nn.linear import FLOATS
 
@@ -109,15 +110,21 @@ def _not_int8(name: str, module: nn.Linear, config: Int8Config, roots: dict[str,
     if kind == "outside":
         # Such as the Dense of a SentenceTransformer, which its own file format has to load.
         return "it stands outside the transformers model"
-    if module._forward_hooks or module._forward_pre_hooks:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(not isinstance(hook, BasePruningMethod) for hook in hooks):
         return "it has hooks"
     return ""
 
 
+def pruned_by_hook(module: nn.Module) -> bool:
+    """Whether torch.nn.utils.prune computes a tensor of `module`."""
+    return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
+
+
 def _obstacle(module: nn.Linear, above: list[nn.Module]) -> str:
-    if type(module) not in (nn.Linear, PackedLinear):
+    if type(module) not in (nn.Linear, PackedLinear, SparseLinear):
         return f"it is a {type(module).__name__}"
-    if "weight" not in module._parameters:
+    if "weight" not in module._parameters and not (isinstance(module, SparseLinear) or pruned_by_hook(module)):
         return "its weight is computed by a hook"
     for parent in above:
         if isinstance(parent, _READS_WEIGHTS):

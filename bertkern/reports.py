@@ -1,7 +1,6 @@
 """What a model holds and what was made of it, as a table and as data."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .nn import Int8Embedding, Int8Linear, PackedLinear
+from .nn import Int8Embedding, Int8Linear, PackedLinear, SparseLinear
 
 # The attribute of a swapped model that holds its record; see swap.Record.
 RECORD = "_bertkern"
@@ -73,6 +72,7 @@ def report(model: nn.Module) -> Report:
     """
     record = getattr(model, RECORD, None)
     left, kept = (record.left, record.kept) if record is not None else ({}, {})
+    forms = record.forms if record is not None else {}
     rows, fallbacks = [], {}
     for name, module in model.named_modules():
         kind, why = type(module).__name__, left.get(name, "") or kept.get(name, "")
@@ -82,10 +82,17 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, (Int8Linear, Int8Embedding)):
             static = isinstance(module, Int8Linear) and bool(float(module.input_scale))
             runs = f"{INT8} static" if static else INT8
-            rows.append(Row(name, kind, tuple(module.weight_codes.shape), runs))
+            if isinstance(module, Int8Linear) and module.form.layout != "dense":
+                runs = f"{runs}, {module.form}"
+            rows.append(Row(name, kind, tuple(module.weight_codes.shape), runs, str(forms.get(name, ""))))
+        elif isinstance(module, SparseLinear):
+            runs = f"{float_name(module)}, {module.form}"
+            rows.append(Row(name, kind, (module.out_features, module.in_features), runs, str(forms.get(name, ""))))
         elif isinstance(module, nn.Linear):
-            runs = float_name(module) if isinstance(module, PackedLinear) else "torch"
-            rows.append(Row(name, kind, tuple(module.weight.shape), runs, why))
+            packed = isinstance(module, PackedLinear)
+            runs = float_name(module) if packed else "torch"
+            reason = why or (str(forms.get(name, "")) if packed else "")
+            rows.append(Row(name, kind, tuple(module.weight.shape), runs, reason))
         elif name in left:
             rows.append(Row(name, kind, (), "torch, its parts as below", why))
     notes = []
@@ -109,10 +116,19 @@ def general(name: str) -> str:
 
 def float_name(linear: nn.Linear) -> str:
     """In which type bertkern's kernels compute a linear layer that stays float."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(linear.weight.dtype, "fp32")
+    weight = linear.values if isinstance(linear, SparseLinear) else linear.weight
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(weight.dtype, "fp32")
 
 
 def _grouped(rows: Iterable[Row]) -> list[list[str]]:
-    """Lines of the table; modules that differ by nothing but the number of their layer share one."""
-    groups = Counter((general(row.name), " x ".join(map(str, row.shape)), row.runs, row.why) for row in rows)
-    return [[line[0], str(count), *line[1:]] for line, count in groups.items()]
+    """Lines of the table; modules that differ by nothing but the number of their layer, or their times, share one."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        timed = bool(row.why) and row.runs != "torch" and "," in row.runs
+        key = (general(row.name), " x ".join(map(str, row.shape)), row.runs, "" if timed else row.why)
+        groups.setdefault(key, []).append(row.why)
+    lines = []
+    for (name, *cells, _), reasons in groups.items():
+        others = f" (one of {len(set(reasons))})" if len(set(reasons)) > 1 else ""
+        lines.append([name, str(len(reasons)), *cells, reasons[0] + others])
+    return lines

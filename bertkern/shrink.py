@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from . import plan
-from .nn import PackedLinear
+from .nn import Int8Linear, PackedLinear, SparseLinear
 from .nn.activations import activation_code
 from .nn.encoder import LayerParts, Unfit
 
@@ -321,6 +321,29 @@ def full_state_dict(model: nn.Module, record: Shrunk) -> dict[str, Tensor]:
     return state
 
 
+def ragged(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The widths of layers that are narrower than their model's config says, as `narrow` takes them; int8 ones, too.
+
+    Example:
+        >>> ragged(load_checkpoint("bert-with-pruned-heads"))["encoder.layer.3"]
+        {'heads': [0, 5, 7], 'units': 3072}
+    """
+    made: dict[str, dict[str, Any]] = {}
+    for prefix, root in plan.pretrained_roots(model).items():
+        heads = getattr(root.config, "num_attention_heads", None)
+        units = getattr(root.config, "intermediate_size", None) or getattr(root.config, "hidden_dim", None)
+        for name, layer, family in _layers(root):
+            try:
+                parts = family.parts(layer)
+                have, _, wide = _sizes(parts, (nn.Linear, Int8Linear))
+            except (Unfit, AttributeError):
+                continue
+            if heads and units and (have < heads or wide < units):
+                kept = getattr(parts.query[0], "kept_heads", None) or range(have)
+                made[f"{prefix}.{name}" if prefix else name] = {"heads": list(kept), "units": wide}
+    return made
+
+
 def slices(model: nn.Module, found: Mapping[str, Found]) -> dict[str, tuple[int, Tensor]]:
     """Of the linears that `shrink` would cut, by name: the dimension, and the indices that stay."""
     made: dict[str, tuple[int, Tensor]] = {}
@@ -356,11 +379,6 @@ def readable(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
 
 
-def pruned_by_hook(module: nn.Module) -> bool:
-    """Whether torch.nn.utils.prune computes a tensor of `module`."""
-    return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
-
-
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module, type[Any]]]:
     """The layers of known families in `model`: name, layer and the family's class of layers."""
     made = []
@@ -371,11 +389,11 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, type[Any]]]:
     return made
 
 
-def _sizes(parts: LayerParts) -> tuple[int, int, int]:
+def _sizes(parts: LayerParts, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> tuple[int, int, int]:
     """Heads, head size and units of a layer; raises Unfit where its matrices do not fit together."""
     linears = [getattr(*slot) for slot in parts.linears()]
     for linear in linears:
-        if not isinstance(linear, nn.Linear) or isinstance(linear, nn.LazyLinear):
+        if not isinstance(linear, kinds) or isinstance(linear, nn.LazyLinear):
             raise Unfit(f"a projection is {type(linear).__name__}")
     query, key, value, out, ffn1, ffn2 = linears
     width, size = query.out_features, round(parts.scaling**-2)
@@ -566,6 +584,8 @@ def _tensor(model: nn.Module, module: str, name: str) -> Tensor | None:
         holder = model.get_submodule(module)
     except AttributeError:
         return None
+    if isinstance(holder, SparseLinear) and name == "weight":
+        return holder.weight
     tensor = holder._parameters.get(name)
     return holder._buffers.get(name) if tensor is None else tensor
 

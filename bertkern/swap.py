@@ -1,20 +1,28 @@
 """accelerate, quantize_, restore and dequantize: leaves are exchanged and classes changed, the module tree stays."""
 
+import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from . import mapped, plan
+from . import mapped, shrink, tuning
+from . import plan as layers
 from .config import Int8Config
-from .nn import Int8Embedding, Int8Linear, PackedLinear
+from .nn import Int8Embedding, Int8Linear, PackedLinear, SparseLinear
 from .nn.encoder import Unfit
 from .nn.int8 import finite, input_step
+from .nn.sparse import DENSE, Form, densify, sparsify
+from .ops import pack_linear, pack_qlinear
 
 # The attribute of a swapped model that holds its record.
 RECORD = "_bertkern"
+# The attribute of a transformers model that holds what `shrink` removed from it.
+SHRUNK = "_bertkern_shrunk"
 
 
 @dataclass
@@ -25,23 +33,37 @@ class Record:
         kept: why linear layers kept their float weights, by name.
         left: why modules were left to torch, by name.
         attention: the attention implementation that a transformers model had before, by name of the model.
+        forms: in which form linear layers run, and why, by name.
+        masked: linear layers under torch.nn.utils.prune that others stand in for, by name.
     """
 
     kept: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     attention: dict[str, str | None] = field(default_factory=dict)
+    forms: dict[str, tuning.Choice] = field(default_factory=dict)
+    masked: dict[str, nn.Linear] = field(default_factory=dict)
 
 
-def accelerate(model: nn.Module, sample: object = None, *, keep_padding: bool = False) -> nn.Module:
+def accelerate(
+    model: nn.Module,
+    sample: object = None,
+    *,
+    keep_padding: bool = False,
+    plan: tuning.Plan | str | os.PathLike[str] | None = None,
+    measure: bool = True,
+) -> nn.Module:
     """Makes `model` run by bertkern's kernels, in place; its answers change by no more than float rounding.
 
     Linear layers, also int8 ones that are already there, run by the kernels; encoders of known families run as one
-    operator. Undo with `restore`.
+    operator. Zeros are skipped: dead heads and feed-forward units are removed, and weights with enough zeros for it run
+    in the sparse form that is fastest on this machine, which `report` names. Undo with `restore`.
 
     Args:
         model: any module; transformers models inside are found.
         sample: reserved for choices that need an input to measure.
         keep_padding: whether positions after a sequence's last token are computed too; else they come back as zeros.
+        plan: what `bertkern.plan_of` gave for this model, or the file where it was saved, instead of measuring.
+        measure: whether layers with zeros are timed, once a shape and density on a machine; else a cost model decides.
 
     Returns:
         The model.
@@ -52,24 +74,53 @@ def accelerate(model: nn.Module, sample: object = None, *, keep_padding: bool = 
     Source: the fused layer is that of arXiv 1810.04805 (post-LayerNorm).
     """
     _expect_module("accelerate", model)
+    known = tuning.usable(plan)
     record = _record(model)
-    for choice in plan.choose(model, None):
+    quantized = layers.int8_modules(model)
+    if not quantized:
+        _unmask(model, record)
+        _shrink(model)
+    shared = _shared_weights(model)
+    times = tuning.Times() if measure and known is None else None
+    for choice in layers.choose(model, None):
         if choice.action == "packed":
-            _pack_in_place(choice.module)
+            form = _form(choice.name, choice.module, known, times, shared)
+            record.forms[choice.name] = form
+            _pack_in_place(choice.module, form.form)
             record.left.pop(choice.name, None)
         else:
             record.left[choice.name] = choice.reason
-    quantized = plan.int8_modules(model)
-    for module in quantized.values():
+    for name, module in quantized.items():
         # Now, because torch.compile must find the packed weights when it traces.
         if isinstance(module, Int8Linear) and module.weight_codes.device.type == "cpu":
+            record.forms[name] = _form(name, module, known, times, shared)
+            if module.form != record.forms[name].form:
+                module.form = record.forms[name].form
+                module.stale()
             module.packed()
             mapped.release(module.weight_codes)  # the kernels read the packed copy
+    if times is not None:
+        times.save()
     _fuse(model, record, keep_padding)
     setattr(model, RECORD, record)
     if quantized:
         _mark_quantized(model, None)
     return model
+
+
+def plan_of(model: nn.Module) -> tuning.Plan:
+    """The forms in which the linear layers of an accelerated or quantized model run, to be saved and used again.
+
+    Raises:
+        ValueError: a model that was not accelerated.
+
+    Example:
+        >>> plan_of(accelerate(nn.Sequential(nn.Linear(8, 4)))).save("plan.json")
+    """
+    _expect_module("plan_of", model)
+    if getattr(model, RECORD, None) is None:
+        raise ValueError("plan_of: expected an accelerated model. Got one that was not: call accelerate first.")
+    return tuning.Plan(dict(_record(model).forms))
 
 
 def quantize_(
@@ -78,6 +129,8 @@ def quantize_(
     *,
     calibration: Any = None,
     keep_padding: bool = False,
+    plan: tuning.Plan | str | os.PathLike[str] | None = None,
+    measure: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Exchanges linear layers and embedding tables for int8 ones, in place, and makes the rest run by the kernels.
@@ -91,7 +144,7 @@ def quantize_(
         config: what becomes int8.
         calibration: for activation "static": batches of the user's data, which the float model then runs over, or what
             `bertkern.calibrate` found on them.
-        keep_padding: see `accelerate`.
+        keep_padding, plan, measure: see `accelerate`; zeros of a pruned model stay zeros and are skipped.
         options: with batches, what `bertkern.calibrate` takes: tokenizer, observer, batch_size, progress.
 
     Returns:
@@ -118,16 +171,16 @@ def quantize_(
         raise ValueError(f'quantize_: expected activation "static" with calibration. Got "{config.activation}".')
     if isinstance(model, nn.Linear):
         raise ValueError("quantize_: expected a module that holds linear layers. Got one: use Int8Linear.from_linear.")
-    if plan.int8_modules(model):
+    if layers.int8_modules(model):
         raise ValueError("quantize_: expected a float model. Got one that is int8 already: see restore and dequantize.")
-    choices = plan.choose(model, config)
+    choices = layers.choose(model, config)
     tables = _tables(model, config)
     if not any(choice.action == "int8" for choice in choices):
         raise ValueError("quantize_: expected at least one linear layer to quantize. Got none.")
     for choice in choices:
         if choice.action == "int8" and choice.module.weight.device.type == "meta":
             raise ValueError(f"quantize_: expected weights on a device. Got {choice.name}.weight on meta.")
-    plan.check_finite(choices)
+    layers.check_finite(choices)
     for name, table in tables.items():
         if not finite(table.weight):
             raise ValueError(f"quantize_: expected {name}.weight to be finite. Got Inf or NaN.")
@@ -140,9 +193,13 @@ def quantize_(
     ties = _ties(model, names, table_names)
     # Nothing may hold a float weight any longer: each is freed as its int8 form takes its place.
     del choices, tables
+    record = Record(masked=_record(model).masked)
     unfuse(model)
+    setattr(model, RECORD, record)
+    _unmask(model, record)
+    _shrink(model)
     exchange(model, config, names, table_names, ties, ranges)
-    accelerate(model, keep_padding=keep_padding)
+    accelerate(model, keep_padding=keep_padding, plan=plan, measure=measure)
     getattr(model, RECORD).kept = kept
     _mark_quantized(model, config)
     return model
@@ -155,20 +212,20 @@ def restore(model: nn.Module) -> nn.Module:
         RuntimeError: int8 layers without their originals; `dequantize` gives the nearest float model.
     """
     _expect_module("restore", model)
-    for name, module in plan.int8_modules(model).items():
+    for name, module in layers.int8_modules(model).items():
         if module.original is None:
             raise RuntimeError(
                 f"restore: expected int8 layers that keep their originals (keep_original=True). Got {name} without; "
                 "dequantize gives the nearest float model."
             )
-    _take_out(model, lambda module: module.original[0])
+    _take_out(model, lambda module: module.original[0], exact=True)
     return model
 
 
 def dequantize(model: nn.Module) -> nn.Module:
     """The nearest float model: int8 layers become nn.Linear and nn.Embedding of code * scale; in place."""
     _expect_module("dequantize", model)
-    _take_out(model, lambda module: module.dequantize())
+    _take_out(model, lambda module: module.dequantize(), exact=False)
     return model
 
 
@@ -219,11 +276,13 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, PackedLinear):
             module.__dict__.pop("_packed", None)
             module.__class__ = nn.Linear
+        elif isinstance(module, SparseLinear):
+            densify(module)
         elif fused is not None and isinstance(module, fused):
             module.unfuse()
             module.__class__ = module.unfused()
     record = getattr(model, RECORD, None)
-    for name, root in plan.pretrained_roots(model).items():
+    for name, root in layers.pretrained_roots(model).items():
         if record is not None and name in record.attention:
             from .families._attention import NAMES
 
@@ -236,7 +295,7 @@ def unfuse(model: nn.Module) -> None:
 def family_tables(model: nn.Module) -> list[str]:
     """The names of the embedding tables that known families sum up in their embeddings."""
     names = []
-    for prefix, root in plan.pretrained_roots(model).items():
+    for prefix, root in layers.pretrained_roots(model).items():
         for name, module, fused_class in _family_modules(root):
             for table in getattr(fused_class, "TABLES", ()):
                 if type(getattr(module, table)) is nn.Embedding:
@@ -260,8 +319,8 @@ def _ranges(
 def _tables(model: nn.Module, config: Int8Config) -> dict[str, nn.Embedding]:
     if not config.embeddings:
         return {}
-    roots = plan.pretrained_roots(model)
-    names = [name for name in family_tables(model) if not plan.skipped(name, config.skip, roots)]
+    roots = layers.pretrained_roots(model)
+    names = [name for name in family_tables(model) if not layers.skipped(name, config.skip, roots)]
     return {name: model.get_submodule(name) for name in names}
 
 
@@ -279,7 +338,7 @@ def _family_modules(root: nn.Module) -> list[tuple[str, nn.Module, type[nn.Modul
 
 
 def _fuse(model: nn.Module, record: Record, keep_padding: bool) -> None:
-    for prefix, root in plan.pretrained_roots(model).items():
+    for prefix, root in layers.pretrained_roots(model).items():
         from .families._attention import NAMES
 
         fused_encoder = False
@@ -313,18 +372,123 @@ def _fused_class() -> type | None:
     return None if families is None else families.Fused
 
 
-def _pack_in_place(linear: nn.Linear) -> None:
+def _pack_in_place(linear: nn.Linear, form: Form) -> None:
+    if isinstance(linear, SparseLinear):
+        if linear.form == form:
+            return
+        densify(linear)
+    if form != DENSE:
+        weight = linear.weight
+        sparsify(linear, form)
+        mapped.release(weight)
+        return
     linear.__class__ = PackedLinear
     if linear.weight.device.type == "cpu":
         linear.packed()
 
 
-def _take_out(model: nn.Module, original: Callable[[nn.Module], nn.Module]) -> None:
-    quantized = plan.int8_modules(model)
+def _form(
+    name: str, module: nn.Module, known: tuning.Plan | None, times: tuning.Times | None, shared: set[int]
+) -> tuning.Choice:
+    """In which form the layer `name` is to run."""
+    weight = module.weight_codes if isinstance(module, Int8Linear) else module.weight
+    if weight.device.type != "cpu" or weight.data_ptr() in shared:
+        return tuning.Choice(DENSE)
+    if known is not None and name in known.layers:
+        return known.layers[name]
+    if isinstance(module, SparseLinear):
+        return tuning.Choice(module.form)
+    if isinstance(module, Int8Linear):
+        codes, scale, bias = weight.detach(), module.weight_scale, module.bias
+        return tuning.choose(codes, lambda: pack_qlinear(codes, scale, bias), scale, times)
+    dense = weight.detach()
+    if dense.dtype == torch.float16:
+        dense = dense.float()
+    return tuning.choose(dense, lambda: pack_linear(dense.contiguous(), None), None, times)
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """The addresses of weights that more than one module holds: such as a table's that is an LM head's, too."""
+    holders = Counter(
+        tensor.data_ptr()
+        for module in model.modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if name in ("weight", "weight_codes") and tensor is not None and tensor.device.type == "cpu"
+    )
+    return {address for address, count in holders.items() if count > 1}
+
+
+def _shrink(model: nn.Module) -> None:
+    """Removes dead heads and units from the transformers models in `model`, whose state dicts stay what they were."""
+    for root in layers.pretrained_roots(model).values():
+        if SHRUNK not in root.__dict__ and (removed := shrink.shrink(root)):
+            root.__dict__[SHRUNK] = removed
+            root.register_state_dict_post_hook(_write_full)
+            root.register_load_state_dict_pre_hook(_grow_for)
+
+
+def _write_full(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Makes the state dict of a shrunk model that of the whole one; int8 ones record their widths instead."""
+    removed = root.__dict__.get(SHRUNK)
+    if removed is None or layers.int8_modules(root):
+        return
+    for name, tensor in shrink.full_tensors(root, removed).items():
+        if tensor is None:
+            state.pop(prefix + name, None)
+        else:
+            state[prefix + name] = tensor
+
+
+def _grow_for(root: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Makes a shrunk model whole again when tensors of the whole one are about to be loaded."""
+    removed = root.__dict__.get(SHRUNK)
+    if removed is None or layers.int8_modules(root):
+        return
+    names = [f"{cut.module}.{cut.tensor}" for layer in removed.layers.values() for cut in layer.cuts]
+    if any(prefix + name in state for name in names):
+        for module in root.modules():
+            if isinstance(module, SparseLinear):
+                densify(module).__class__ = PackedLinear
+        _grow(root)
+
+
+def _grow(root: nn.Module) -> None:
+    """Undoes `_shrink`; the model's linears are float."""
+    if SHRUNK in root.__dict__:
+        shrink.unshrink(root, root.__dict__[SHRUNK])
+        del root.__dict__[SHRUNK]
+        for hooks, function in (
+            (root._state_dict_hooks, _write_full),
+            (root._load_state_dict_pre_hooks, _grow_for),
+        ):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "hook", hook) is function:
+                    del hooks[key]
+
+
+def _unmask(model: nn.Module, record: Record) -> None:
+    """Puts plain linears in the place of those under torch.nn.utils.prune, with the weights that these compute."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name and layers.pruned_by_hook(module):
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            plain.weight = nn.Parameter(shrink.effective(module), module.weight.requires_grad)
+            if module.bias is not None:
+                plain.bias = nn.Parameter(shrink.effective(module, "bias").clone(), module.bias.requires_grad)
+            _put(model, name, plain.train(module.training))
+            record.masked[name] = module
+
+
+def _take_out(model: nn.Module, original: Callable[[nn.Module], nn.Module], *, exact: bool) -> None:
+    quantized, masked = layers.int8_modules(model), _record(model).masked
     unfuse(model)
     made = {name: original(module).train(module.training) for name, module in quantized.items()}
     for name, module in made.items():
         _put(model, name, module)
+    for root in layers.pretrained_roots(model).values():
+        _grow(root)
+    if exact:
+        for name, module in masked.items():
+            _put(model, name, module.train(model.get_submodule(name).training))
     if quantized:
         _mark_float(model)
 
@@ -350,7 +514,7 @@ def _record(model: nn.Module) -> Record:
 
 
 def _mark_quantized(model: nn.Module, config: Int8Config | None) -> None:
-    roots = plan.pretrained_roots(model)
+    roots = layers.pretrained_roots(model)
     if roots:
         from . import hf
 
@@ -359,7 +523,7 @@ def _mark_quantized(model: nn.Module, config: Int8Config | None) -> None:
 
 
 def _mark_float(model: nn.Module) -> None:
-    roots = plan.pretrained_roots(model)
+    roots = layers.pretrained_roots(model)
     if roots:
         from . import hf
 

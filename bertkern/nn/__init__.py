@@ -3,5 +3,6 @@
 from .int8 import Int8Embedding, Int8Linear
 from .linear import PackedLinear
 from .norms import NoNorm
+from .sparse import Form, SparseLinear
 
-__all__ = ["Int8Embedding", "Int8Linear", "NoNorm", "PackedLinear"]
+__all__ = ["Form", "Int8Embedding", "Int8Linear", "NoNorm", "PackedLinear", "SparseLinear"]

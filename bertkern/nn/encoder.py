@@ -14,12 +14,13 @@ from .activations import activation_code
 from .int8 import Int8Linear
 from .linear import FLOATS, PackedLinear
 from .packing import Epoch, lean, needs_grad, version
+from .sparse import SparseLinear
 
 _encoder = lean(torch.ops.bertkern.encoder.default)
 _encoder_from = torch.ops.bertkern.encoder_from.default
 # Stands for a tensor that is no parameter.
 _NOTHING = torch.empty(0)
-LEAVES = (Int8Linear, PackedLinear)
+LEAVES = (Int8Linear, PackedLinear, SparseLinear)
 
 
 class Unfit(Exception):

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from .. import _ops  # noqa: F401  (loads the operators)
 from ..config import Int8Config
+from ..formats.bsr import BsrWeight
 from ..formats.int8 import quantize_weight, static_step
 from .linear import FLOATS
 from .packing import PackedCache, lean
+from .sparse import DENSE, Form, pack_blocks
 
 _linear = lean(torch.ops.bertkern.linear.default)
 # Weights that are converted at a time: some megabytes of temporaries beside a model, whatever its widths.
@@ -121,6 +123,8 @@ class Int8Linear(PackedCache, _Int8Weight):
 
     # The float module that this one replaces, in a tuple to stand outside the module tree.
     original: tuple[nn.Linear] | None = None
+    # In which the kernels take the codes.
+    form: Form = DENSE
 
     def __init__(
         self,
@@ -239,9 +243,11 @@ class Int8Linear(PackedCache, _Int8Weight):
 
     def _pack(self) -> Tensor:
         codes, scale, bias, step, zero, out = self._sources()
-        return torch.ops.bertkern.pack_qlinear.default(
-            codes.contiguous(), scale, bias, float(step), int(zero), float(out)
-        )
+        static = float(step), int(zero), float(out)
+        if self.form != DENSE:
+            blocks = BsrWeight.from_dense(codes, (self.form.rows, self.form.columns))
+            return pack_blocks(blocks, self.form, scale, bias, *static)
+        return torch.ops.bertkern.pack_qlinear.default(codes.contiguous(), scale, bias, *static)
 
     def _plain(self, x: Tensor) -> Tensor:
         bias = self.bias
@@ -262,7 +268,7 @@ class Int8Linear(PackedCache, _Int8Weight):
         activation = "static" if known and float(self.input_scale) else "dynamic"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"weight={weight}, activation={activation}"
+            f"weight={weight}, activation={activation}" + ("" if self.form == DENSE else f", form={self.form}")
         )
 
 

@@ -67,8 +67,10 @@ def test_percentile_is_torchs_quantile(percentile):
     for batch in batches:
         observer.update(batch)
     values = torch.cat(batches).abs()
-    expected = float(values.quantile(percentile / 100, interpolation="lower"))
-    assert expected * (1 - 1e-6) <= observer.range() <= expected + 2 * float(values.max()) / observer.bins * 1.01
+    # By exact rank: in fp32 the quantile's index rounds to a neighbour, which in the tail lies far off.
+    rank = int((len(values) - 1) * percentile / 100)
+    low, high = (float(values.sort().values[i]) for i in (rank, min(rank + 1, len(values) - 1)))
+    assert low * (1 - 1e-6) <= observer.range() <= high + 2 * float(values.max()) / observer.bins * 1.01
 
 
 def test_observers_of_zeros():

@@ -1,0 +1,312 @@
+"""In which form each linear layer runs: the fastest of bertkern's kernels on this machine, dense included.
+
+One form per layer, whatever the number of rows: forms sum in different orders, and a row's result must not depend on
+the rows beside it. Measured times are kept on disk, by machine, versions, shape and density.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__, ops
+from .formats.bsr import BsrWeight
+from .nn.sparse import DENSE, Form, pack_blocks
+
+VERSION = 1
+# Rows at which forms are compared: a sentence, and a batch or a long text.
+ROWS = (16, 128)
+# A sparse form has to win by this much, beyond what a timing is good for.
+MARGIN = 0.98
+# Fewer zeros are not worth a look: break-even lies near 5 %.
+LEAST_ZEROS = 0.03
+_PER_DWORD = {torch.int8: 4, torch.bfloat16: 2}
+# Features that share a pattern, by layout, and the cost model: time as a share of the dense kernel's, fixed part and
+# slope over the density of their micro-blocks. Fitted on one AVX-512 machine at 128 rows.
+_COSTS: dict[tuple[str, int], tuple[float, float]] = {
+    ("panels", 16): (0.05, 0.95),
+    ("tokens", 4): (0.08, 1.00),
+    ("tokens", 1): (0.03, 2.60),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Why a layer runs in the form that it does.
+
+    Attributes:
+        form: the chosen one.
+        shares: of every form that was compared, its time as a share of the dense kernel's.
+        measured: whether these are measured; else they are the cost model's.
+    """
+
+    form: Form
+    shares: Mapping[str, float] = field(default_factory=dict)
+    measured: bool = False
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{form} {share:.2f}" for form, share in self.shares.items())
+        source = "measured" if self.measured else "estimated"
+        return f"{source} time, dense = 1: {others}" if others else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The form of every linear layer of a model, by name, as found on one machine.
+
+    Attributes:
+        layers: name -> Choice.
+        machine: processor, instruction set, threads and versions of bertkern and torch.
+
+    Example:
+        >>> Plan.from_dict(Plan({"dense": Choice(DENSE)}).to_dict()).layers["dense"].form.layout
+        'dense'
+    """
+
+    layers: Mapping[str, Choice]
+    machine: Mapping[str, Any] = field(default_factory=lambda: machine())
+    version: int = VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values that `from_dict` reads."""
+        layers = {
+            name: {"form": str(c.form), "shares": dict(c.shares), "measured": c.measured}
+            for name, c in self.layers.items()
+        }
+        return {"version": self.version, "machine": dict(self.machine), "layers": layers}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Plan":
+        """The plan of `to_dict`'s record; raises ValueError for anything else."""
+        if not isinstance(values, dict) or values.get("version") != VERSION:
+            got = values.get("version") if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"Plan: expected version {VERSION}. Got {got!r}.")
+        if not isinstance(values.get("layers"), dict) or not isinstance(values.get("machine"), dict):
+            raise ValueError("Plan: expected layers and machine. Got others.")
+        layers = {}
+        for name, entry in values["layers"].items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("form"), str):
+                raise ValueError(f"Plan: expected a form for {name}. Got {entry!r}.")
+            shares = entry.get("shares", {})
+            known = isinstance(shares, dict) and all(isinstance(share, (int, float)) for share in shares.values())
+            layers[name] = Choice(
+                Form.parse(entry["form"]), shares if known else {}, entry.get("measured") is True and known
+            )
+        return cls(layers, values["machine"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """The plan of a file; raises ValueError where it is none, OSError where it cannot be read."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"Plan: expected {str(path)!r} to be JSON. Got {error}.") from None
+
+
+def machine() -> dict[str, Any]:
+    """What times depend on beside the weight."""
+    return {
+        "processor": _processor(),
+        "isa": ops.cpu_isa(),
+        "threads": torch.get_num_threads(),
+        "bertkern": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def usable(plan: "Plan | str | os.PathLike[str] | None") -> Plan | None:
+    """`plan`, if it was made on such a machine; else None, with a warning that says so."""
+    if plan is None:
+        return None
+    if not isinstance(plan, Plan):
+        if not isinstance(plan, (str, os.PathLike)):
+            raise TypeError(f"accelerate: expected plan to be a Plan or the path of one. Got {type(plan).__name__}.")
+        try:
+            plan = Plan.load(plan)
+        except (ValueError, OSError) as error:
+            warnings.warn(f"bertkern: the plan is made anew: {error}", stacklevel=3)
+            return None
+    here = machine()
+    differing = [key for key, value in here.items() if plan.machine.get(key) != value]
+    if differing:
+        warnings.warn(
+            f"bertkern: the plan is made anew: it was made with another {', '.join(differing)}.", stacklevel=3
+        )
+        return None
+    return plan
+
+
+def choose(weight: Tensor, pack_dense: Callable[[], Tensor], scale: Tensor | None, times: "Times | None") -> Choice:
+    """The form in which a weight runs fastest.
+
+    Args:
+        weight: [N, K] fp32, bf16, fp16 or int8 codes.
+        pack_dense: makes the packed dense weights.
+        scale: of int8 codes.
+        times: where measured times are looked up and kept; None: by the cost model.
+    """
+    forms = candidates(weight)
+    if not forms:
+        return Choice(DENSE)
+    if times is None:
+        shares = {str(form): cost for form, (_, cost) in forms.items()}
+        return _fastest(list(forms), shares, measured=False)
+    kind = str(weight.dtype).removeprefix("torch.")
+    n, k = weight.shape
+    shares: dict[str, float] = {}
+    dense: Tensor | None = None
+    for form, (density, _) in forms.items():
+        key = f"{kind} {n}x{k} {form} {density:.2f}"
+        share = times.get(key)
+        if share is None:
+            dense = pack_dense() if dense is None else dense
+            blocks = BsrWeight.from_dense(weight, (form.rows, form.columns))
+            share = _share(pack_blocks(blocks, form, scale, None), dense, n, k)
+            times.put(key, share)
+        shares[str(form)] = share
+    return _fastest(list(forms), shares, measured=True)
+
+
+def candidates(weight: Tensor) -> dict[Form, tuple[float, float]]:
+    """The sparse forms that might be faster than the dense one, with their density and estimated share of its time.
+
+    A form's blocks are the largest that hold no more of the weight than the kernel's own micro-blocks do.
+    """
+    nonzero = weight != 0
+    if weight.numel() == 0 or float(nonzero.float().mean()) > 1 - LEAST_ZEROS:
+        return {}
+    per = _PER_DWORD.get(weight.dtype, 1)
+    found = {}
+    for (layout, rows), (fixed, slope) in _COSTS.items():
+        density = _density(nonzero, rows, per)
+        cost = fixed + slope * density
+        if cost < 1.05:
+            block = _storage(nonzero, rows, per, density) if layout == "panels" else (rows, per)
+            found[Form(layout, *block)] = (density, min(1.0, cost))
+    return found
+
+
+class Times:
+    """Measured shares of the dense kernel's time, kept in a file of this machine.
+
+    Args:
+        path: of the file; None: `bertkern` in the user's cache folder, or in BERTKERN_CACHE. A file that is damaged or
+            of another machine is made anew, with a warning; one that cannot be written is done without.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.machine = machine()
+        name = hashlib.sha256(json.dumps(self.machine, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = Path(path) if path is not None else _cache() / f"times-{name}.json"
+        self._shares: dict[str, float] = {}
+        self._new = False
+        try:
+            text = self.path.read_text()
+        except (OSError, UnicodeDecodeError):
+            return
+        try:
+            values = json.loads(text)
+            if values["version"] != VERSION or values["machine"] != self.machine:
+                raise ValueError("another machine or version")
+            self._shares = {str(key): float(share) for key, share in values["shares"].items()}
+            if not all(math.isfinite(share) and share > 0 for share in self._shares.values()):
+                raise ValueError("times that are none")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            self._shares = {}
+            warnings.warn(f"bertkern: {self.path} is made anew: {error}", stacklevel=4)
+
+    def get(self, key: str) -> float | None:
+        """The share kept under `key`."""
+        return self._shares.get(key)
+
+    def put(self, key: str, share: float) -> None:
+        """Keeps a share; `save` writes it."""
+        self._shares[key] = share
+        self._new = True
+
+    def save(self) -> None:
+        """Writes what is new."""
+        if not self._new:
+            return
+        values = {"version": VERSION, "machine": self.machine, "shares": self._shares}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Exchanged in one step: another process may be reading.
+            temporary = self.path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(values, indent=1))
+            temporary.replace(self.path)
+        except OSError:
+            return
+        self._new = False
+
+
+def _fastest(forms: Sequence[Form], shares: Mapping[str, float], measured: bool) -> Choice:
+    best = min(forms, key=lambda form: shares[str(form)])
+    return Choice(best if shares[str(best)] < MARGIN else DENSE, shares, measured)
+
+
+def _share(packed: Tensor, dense: Tensor, n: int, k: int) -> float:
+    """The time of `packed` as a share of that of `dense`: the worst over ROWS if it loses anywhere, else the mean."""
+    run = torch.ops.bertkern.linear.default
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    with torch.no_grad():
+        for rows in ROWS:
+            x = torch.randn(rows, k, generator=generator)
+            best = {id(packed): math.inf, id(dense): math.inf}
+            # In turns, so that a change of the clock meets both; the least of many is what the kernel can do.
+            for _ in range(6):
+                for weights in (packed, dense):
+                    run(x, weights, n)
+                    start = time.perf_counter()
+                    run(x, weights, n)
+                    best[id(weights)] = min(best[id(weights)], time.perf_counter() - start)
+            shares.append(best[id(packed)] / best[id(dense)])
+    return max(shares) if max(shares) >= 1 else math.exp(sum(map(math.log, shares)) / len(shares))
+
+
+def _density(nonzero: Tensor, rows: int, columns: int) -> float:
+    return float(_blocks(nonzero, rows, columns).float().mean())
+
+
+def _blocks(nonzero: Tensor, rows: int, columns: int) -> Tensor:
+    """bool [ceil(N / rows), ceil(K / columns)]: whether a block holds a nonzero."""
+    n, k = nonzero.shape
+    padded = torch.nn.functional.pad(nonzero, (0, -k % columns, 0, -n % rows))
+    return padded.view(-(-n // rows), rows, -1, columns).any(3).any(1)
+
+
+def _storage(nonzero: Tensor, rows: int, columns: int, density: float) -> tuple[int, int]:
+    for side in (64, 32, 16):
+        if _density(nonzero, side, side) <= density * 1.02:
+            return side, side
+    return rows, columns
+
+
+def _cache() -> Path:
+    if named := os.environ.get("BERTKERN_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bertkern"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
