@@ -49,6 +49,7 @@ def accelerate(
     sample: object = None,
     *,
     keep_padding: bool = False,
+    sparse: bool = True,
     plan: tuning.Plan | str | os.PathLike[str] | None = None,
     measure: bool = True,
 ) -> nn.Module:
@@ -62,6 +63,8 @@ def accelerate(
         model: any module; transformers models inside are found.
         sample: reserved for choices that need an input to measure.
         keep_padding: whether positions after a sequence's last token are computed too; else they come back as zeros.
+        sparse: whether float weights may be kept as their nonzero blocks. They are parameters in training mode only
+            then; False keeps every weight, so that gradients reach it in eval mode, too.
         plan: what `bertkern.plan_of` gave for this model, or the file where it was saved, instead of measuring.
         measure: whether layers with zeros are timed, once a shape and density on a machine; else a cost model decides.
 
@@ -84,7 +87,7 @@ def accelerate(
     times = tuning.Times() if measure and known is None else None
     for choice in layers.choose(model, None):
         if choice.action == "packed":
-            form = _form(choice.name, choice.module, known, times, shared)
+            form = _form(choice.name, choice.module, known, times, shared) if sparse else tuning.Choice(DENSE)
             record.forms[choice.name] = form
             _pack_in_place(choice.module, form.form)
             record.left.pop(choice.name, None)
