@@ -3,7 +3,7 @@
 //   bytes 0..63   LinearHeader
 //   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h)
 //   index         sparse only: `entries` dwords of K, uint32 (panels) or uint16 (tokens), padded to 4 bytes
-//   table         sparse only: PanelEntry [panels], or uint32 [panels][32 / R][chunks + 1] (tokens)
+//   table         sparse only: PanelEntry [panels], or uint32 [panels * 32 / R + 1] (tokens)
 //   init          int32 [Np]   s8 only: -zero_point * sum_k W[n, k], Np = N rounded up to 32
 //   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
 //   scale         fp32  [Np]   s8 only: the weight's scale
@@ -46,7 +46,7 @@ struct Linear {
   WeightKind kind;
   Layout layout;
   int64_t n, k, kd, panels;
-  int64_t features, chunks;  // of tokens
+  int64_t features;  // R of tokens
   const uint32_t* weights;
   const void* index;
   const void* table;
@@ -71,7 +71,7 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear);
 void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
                  const float* bias, void* out);
 
-constexpr int64_t kTokenGroups = 8;  // in a pass over the weights of Layout::tokens
+constexpr int64_t kTokenGroups = 3;  // in a pass over the weights of Layout::tokens: measured best of 1 to 8
 
 // Sparse weights, from stored blocks of `rows` x `columns` values (or codes): block row i of W holds the blocks
 // [crow[i], crow[i + 1]), at block columns col[...]. What lies outside [n, k] is left out.

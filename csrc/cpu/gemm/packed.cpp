@@ -12,16 +12,14 @@ namespace {
 int64_t values_per_dword(WeightKind kind) { return kind == WeightKind::s8 ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
 int64_t value_bytes(WeightKind kind) { return 4 / values_per_dword(kind); }
 int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
-int64_t chunk_count(int64_t kd) { return (kd + kChunk - 1) / kChunk; }
 
 // Bytes of the index and of the table.
 int64_t index_bytes(const LinearHeader& h) {
   return h.layout == 0 ? 0 : h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4;
 }
-int64_t table_bytes(const LinearHeader& h, int64_t panels, int64_t kd) {
+int64_t table_bytes(const LinearHeader& h, int64_t panels) {
   if (h.layout == 0) return 0;
-  return panels *
-         (h.layout == 1 ? static_cast<int64_t>(sizeof(PanelEntry)) : kPanel / h.features * (chunk_count(kd) + 1) * 4);
+  return h.layout == 1 ? panels * static_cast<int64_t>(sizeof(PanelEntry)) : (panels * kPanel / h.features + 1) * 4;
 }
 
 }  // namespace
@@ -36,8 +34,8 @@ int64_t dense_dwords(WeightKind kind, int64_t n, int64_t k) { return padded(n) *
 int64_t packed_bytes(const LinearHeader& h) {
   const WeightKind kind = static_cast<WeightKind>(h.kind);
   const int64_t np = padded(h.n), vectors = kind == WeightKind::s8 ? 4 : 1;
-  return static_cast<int64_t>(sizeof h) + h.weight_dwords * 4 + index_bytes(h) +
-         table_bytes(h, np / kPanel, dword_count(kind, h.k)) + vectors * np * 4;
+  return static_cast<int64_t>(sizeof h) + h.weight_dwords * 4 + index_bytes(h) + table_bytes(h, np / kPanel) +
+         vectors * np * 4;
 }
 
 bool view_linear(const void* data, int64_t bytes, Linear& linear) {
@@ -56,13 +54,13 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
       header.weight_dwords > bytes || bytes != packed_bytes(header))
     return false;
   linear.kind = kind, linear.layout = static_cast<Layout>(header.layout);
-  linear.features = header.features, linear.chunks = chunk_count(kd);
+  linear.features = header.features;
   linear.n = header.n, linear.k = header.k, linear.kd = kd, linear.panels = np / kPanel;
   linear.weights = reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + sizeof header);
   linear.index = linear.weights + header.weight_dwords;
   linear.table = static_cast<const char*>(linear.index) + index_bytes(header);
   const uint32_t* tail =
-      reinterpret_cast<const uint32_t*>(static_cast<const char*>(linear.table) + table_bytes(header, np / kPanel, kd));
+      reinterpret_cast<const uint32_t*>(static_cast<const char*>(linear.table) + table_bytes(header, np / kPanel));
   linear.init = linear.column_sum = nullptr;
   linear.scale = nullptr;
   if (kind == WeightKind::s8) {
@@ -229,22 +227,20 @@ void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* 
           ++*counts[which];
         }
     } else {
-      const int64_t chunks = chunk_count(kd);
-      uint32_t* begin = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features) * (chunks + 1);
-      for (int64_t f = 0; f < kPanel; f += header.features, begin += chunks + 1) {
+      uint32_t* end = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features);
+      for (int64_t f = 0; f < kPanel; f += header.features) {
         for (int64_t d = 0; d < kd; ++d) {
-          if (d % kChunk == 0) begin[d / kChunk] = static_cast<uint32_t>(entry);
           if (!panel.any(d, f, header.features)) continue;
           copy(d, f, header.features);
           reinterpret_cast<uint16_t*>(index)[entry++] = static_cast<uint16_t>(d);
         }
-        begin[chunks] = static_cast<uint32_t>(entry);
+        *++end = static_cast<uint32_t>(entry);
       }
     }
     if (static_cast<WeightKind>(header.kind) == WeightKind::s8)
       for (int64_t f = 0; f < std::min(kPanel, header.n - p * kPanel); ++f) sums.push_back(panel.sum(f));
   }
-  write_vectors(header, sums.data(), scale, scale_count, bias, table + table_bytes(header, panels, kd));
+  write_vectors(header, sums.data(), scale, scale_count, bias, table + table_bytes(header, panels));
 }
 
 SparsePanel sparse_panel(const Linear& linear, int64_t panel) {
@@ -257,8 +253,7 @@ SparsePanel sparse_panel(const Linear& linear, int64_t panel) {
 
 TokenPanel token_panel(const Linear& linear, int64_t panel) {
   const uint32_t* table = static_cast<const uint32_t*>(linear.table);
-  return {table + panel * (kPanel / linear.features) * (linear.chunks + 1), static_cast<const uint16_t*>(linear.index),
-          linear.weights, linear.chunks};
+  return {table + panel * (kPanel / linear.features), static_cast<const uint16_t*>(linear.index), linear.weights};
 }
 
 Piece panel_weights(const Linear& linear, int64_t panel) {
@@ -269,7 +264,7 @@ Piece panel_weights(const Linear& linear, int64_t panel) {
     }
     case Layout::tokens: {
       const TokenPanel b = token_panel(linear, panel);
-      const int64_t first = b.begin[0], last = b.begin[kPanel / linear.features * (linear.chunks + 1) - 1];
+      const int64_t first = b.begin[0], last = b.begin[kPanel / linear.features];
       return {b.weights + first * linear.features, (last - first) * linear.features * 4};
     }
     default:
@@ -298,8 +293,8 @@ void each_dword(const Linear& linear, See&& see) {
     } else {
       const TokenPanel b = token_panel(linear, p);
       for (int64_t f = 0; f < kPanel; f += linear.features) {
-        const uint32_t* begin = b.begin + f / linear.features * (b.chunks + 1);
-        for (int64_t e = begin[0]; e < begin[b.chunks]; ++e)
+        const uint32_t* begin = b.begin + f / linear.features;
+        for (int64_t e = begin[0]; e < begin[1]; ++e)
           for (int64_t r = 0; r < linear.features; ++r)
             see(p * kPanel + f + r, b.index[e], b.weights[e * linear.features + r]);
       }
