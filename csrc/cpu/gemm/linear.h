@@ -20,6 +20,8 @@ namespace bertkern::cpu {
 constexpr uint32_t kLinearMagic = 0x314b4c42;  // "BLK1"
 constexpr int32_t kSignedZero = 128;           // zero point of signed codes stored as u8
 
+constexpr int64_t kSparseDwords = 65536;       // of K that sparse weights can list: uint16 tells them apart
+
 enum class Layout : int32_t { dense = 0, panels = 1, tokens = 2 };
 
 struct PanelEntry {
@@ -35,8 +37,9 @@ struct LinearHeader {
   int32_t input_zero;
   float output_scale;  // 0: the output is not fake-quantized
   int32_t has_bias;
-  int32_t layout;
-  int32_t features;  // R of tokens, else 0
+  int16_t layout;
+  int16_t features;  // R of tokens, else 0
+  uint32_t check;    // of the other fields: sparse tables are read by them, and no size would tell a wrong K
   int64_t entries;   // of the index
   int64_t weight_dwords;
 };

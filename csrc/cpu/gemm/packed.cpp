@@ -13,6 +13,21 @@ int64_t values_per_dword(WeightKind kind) { return kind == WeightKind::s8 ? 4 : 
 int64_t value_bytes(WeightKind kind) { return 4 / values_per_dword(kind); }
 int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
+uint32_t check_of(const LinearHeader& header) {  // FNV-1a over words
+  LinearHeader h = header;
+  h.check = 0;
+  uint32_t words[sizeof h / 4], sum = 2166136261u;
+  std::memcpy(words, &h, sizeof h);
+  for (const uint32_t word : words) sum = (sum ^ word) * 16777619u;
+  return sum;
+}
+
+void write_header(const LinearHeader& header, void* out) {
+  LinearHeader h = header;
+  h.check = check_of(header);
+  std::memcpy(out, &h, sizeof h);
+}
+
 // Bytes of the index and of the table.
 int64_t index_bytes(const LinearHeader& h) {
   return h.layout == 0 ? 0 : h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4;
@@ -38,21 +53,41 @@ int64_t packed_bytes(const LinearHeader& h) {
          vectors * np * 4;
 }
 
+namespace {
+
+// Whether the table's last numbers are the header's.
+bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
+  if (linear.layout == Layout::dense) return true;
+  if (linear.panels == 0) return entries == 0 && dwords == 0;
+  if (linear.layout == Layout::panels) {
+    const PanelEntry& e = static_cast<const PanelEntry*>(linear.table)[linear.panels - 1];
+    const int64_t halves = int64_t{e.half[0]} + e.half[1];
+    return int64_t{e.index} + e.both + halves == entries &&
+           (int64_t{e.weights} + 2 * int64_t{e.both} + halves) * kHalfPanel == dwords;
+  }
+  const int64_t numbers = linear.panels * (kPanel / linear.features) * (linear.chunks + 1);
+  return static_cast<const uint32_t*>(linear.table)[numbers - 1] == entries;
+}
+
+}  // namespace
+
 bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   LinearHeader header;
   if (bytes < static_cast<int64_t>(sizeof header)) return false;
   std::memcpy(&header, data, sizeof header);
-  if (header.magic != kLinearMagic || header.kind < 0 || header.kind > 2) return false;
+  if (header.magic != kLinearMagic || header.check != check_of(header) || header.kind < 0 || header.kind > 2)
+    return false;
   if (header.n < 0 || header.k < 0 || header.n > (int64_t{1} << 31) || header.k > (int64_t{1} << 31)) return false;
+  const int64_t entries = header.entries, dwords = header.weight_dwords, features = header.features;
+  if (entries < 0 || entries > bytes || dwords < 0 || dwords > bytes) return false;  // below, nothing overflows
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
-  const bool known = header.layout == 0 ? header.weight_dwords == np * kd
-                     : header.layout == 1
-                         ? header.features == 0
-                         : header.layout == 2 && (header.features == 1 || header.features == 2 || header.features == 4);
-  if (!known || header.entries < 0 || header.entries > bytes || header.weight_dwords < 0 ||
-      header.weight_dwords > bytes || bytes != packed_bytes(header))
-    return false;
+  const bool known =
+      header.layout == 0   ? features == 0 && entries == 0 && dwords == np * kd
+      : header.layout == 1 ? features == 0 && dwords >= entries * kHalfPanel && dwords <= entries * kPanel
+                           : header.layout == 2 && (features == 1 || features == 2 || features == 4) &&
+                                 dwords == entries * features;
+  if (!known || (header.layout && kd > kSparseDwords) || bytes != packed_bytes(header)) return false;
   linear.kind = kind, linear.layout = static_cast<Layout>(header.layout);
   linear.features = header.features;
   linear.n = header.n, linear.k = header.k, linear.kd = kd, linear.panels = np / kPanel;
@@ -72,7 +107,7 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   linear.bias = reinterpret_cast<const float*>(tail);
   linear.input_scale = header.input_scale, linear.input_zero = header.input_zero;
   linear.output_scale = header.output_scale, linear.has_bias = header.has_bias != 0;
-  return true;
+  return table_ends(linear, entries, dwords);
 }
 
 namespace {
@@ -102,7 +137,7 @@ void pack_linear(const LinearHeader& header, const void* weight, const float* sc
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t n = header.n, k = header.k, kd = dword_count(kind, k);
   std::memset(out, 0, static_cast<size_t>(packed_bytes(header)));
-  std::memcpy(out, &header, sizeof header);
+  write_header(header, out);
   char* weights = static_cast<char*>(out) + sizeof header;
   const int64_t bytes = value_bytes(kind), per_dword = values_per_dword(kind);
   std::vector<int32_t> sums;
@@ -200,7 +235,7 @@ void measure_sparse(LinearHeader& header, const Blocks& blocks) {
 void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* scale, int64_t scale_count,
                  const float* bias, void* out) {
   std::memset(out, 0, static_cast<size_t>(packed_bytes(header)));
-  std::memcpy(out, &header, sizeof header);
+  write_header(header, out);
   uint32_t* weights = reinterpret_cast<uint32_t*>(static_cast<char*>(out) + sizeof header);
   char* index = reinterpret_cast<char*>(weights + header.weight_dwords);
   char* table = index + index_bytes(header);
