@@ -65,8 +65,7 @@ bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
     return int64_t{e.index} + e.both + halves == entries &&
            (int64_t{e.weights} + 2 * int64_t{e.both} + halves) * kHalfPanel == dwords;
   }
-  const int64_t numbers = linear.panels * (kPanel / linear.features) * (linear.chunks + 1);
-  return static_cast<const uint32_t*>(linear.table)[numbers - 1] == entries;
+  return static_cast<const uint32_t*>(linear.table)[linear.panels * kPanel / linear.features] == entries;
 }
 
 }  // namespace
@@ -83,10 +82,10 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
   const bool known =
-      header.layout == 0   ? features == 0 && entries == 0 && dwords == np * kd
-      : header.layout == 1 ? features == 0 && dwords >= entries * kHalfPanel && dwords <= entries * kPanel
-                           : header.layout == 2 && (features == 1 || features == 2 || features == 4) &&
-                                 dwords == entries * features;
+      header.layout == 0 ? features == 0 && entries == 0 && dwords == np * kd
+      : header.layout == 1
+          ? features == 0 && dwords >= entries * kHalfPanel && dwords <= entries * kPanel
+          : header.layout == 2 && (features == 1 || features == 2 || features == 4) && dwords == entries * features;
   if (!known || (header.layout && kd > kSparseDwords) || bytes != packed_bytes(header)) return false;
   linear.kind = kind, linear.layout = static_cast<Layout>(header.layout);
   linear.features = header.features;
