@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _gradients, _lib  # noqa: F401  (register gradients and the operators)
 
@@ -52,6 +53,8 @@ def _(weight_codes, weight_scale, bias, input_scale=0.0, input_zero_point=0, out
 
 @_shapes("pack_sparse_linear")
 def _(crow, col, values, n, k, weight_scale, bias, input_scale=0.0, input_zero_point=0, output_scale=0.0, form=0):
+    if not isinstance(values, FakeTensor):
+        raise RuntimeError("pack_sparse_linear: expected tensors with data, which decide the packed size. Got none.")
     size = torch.library.get_ctx().new_dynamic_size()
     return values.new_empty(size, dtype=torch.uint8)
 

@@ -1,6 +1,7 @@
 """The functional layer: thin functions over `torch.ops.bertkern`.
 
-`packed` is the machine-specific form of one linear layer that `pack_linear` and `pack_qlinear` make; it is never saved.
+`packed` is the machine-specific form of one linear layer that `pack_linear`, `pack_qlinear` and `pack_sparse_linear`
+make; it is never saved.
 All functions raise RuntimeError with the operator's name, what was expected and what came.
 """
 
@@ -13,8 +14,12 @@ from torch import Tensor
 
 from .. import _ops  # noqa: F401  (loads the operators)
 from .._ops import ACTIVATIONS
+from ..formats import BsrWeight, CsrWeight
 
 _op = torch.ops.bertkern
+
+# What the lanes of a sparse product are, as the operator counts them.
+FORMS = {"auto": 0, "panels": 1, "tokens": 2}
 
 
 def _activation(name: str | int) -> int:
@@ -56,6 +61,68 @@ def pack_qlinear(
         torch.Size([3, 8])
     """
     return _op.pack_qlinear(weight_codes, weight_scale, bias, input_scale, input_zero_point, output_scale)
+
+
+def pack_sparse_linear(
+    weight: BsrWeight | CsrWeight,
+    weight_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    input_scale: float = 0.0,
+    input_zero_point: int = 0,
+    output_scale: float = 0.0,
+    form: str = "auto",
+) -> Tensor:
+    """Packs a weight of which most is zero: every operator takes it in place of `pack_linear`'s or `pack_qlinear`'s.
+
+    Only what is not zero is stored and multiplied, to the dword: 4 int8 codes, 2 bf16 or 1 fp32 value along K. int8
+    results have the bits of the dense weight's. NaN and Inf are kept; but what is not stored is not multiplied either,
+    so in float layers an Inf or NaN in a row of x reaches the features whose step of K is stored, maybe not all.
+
+    Args:
+        weight: [N, K], fp32, bf16, fp16 (becomes fp32) or int8 codes in [-127, 127]; any block. Values of edge blocks
+            that lie outside of [N, K] are left out. K is at most 65536 for fp32, 131072 for bf16, 32768 for int8.
+        weight_scale: with int8 codes, fp32 [N] or [1].
+        bias: [N] or none.
+        input_scale, input_zero_point, output_scale: as in `pack_qlinear`, for int8 codes.
+        form: how it is multiplied. "panels": lanes are output features, 16 or 32 that share their nonzero steps of K,
+            for blocks of 16 rows and more. "tokens": lanes are rows of x, and 1, 2 or 4 features share them, which
+            wastes nothing on small blocks and lone elements, but lanes where x has few rows. "auto": panels where 16
+            divides the rows of a block, else tokens.
+
+    Raises:
+        RuntimeError: an index out of range, unsorted or of a wrong length, codes without a scale, or what
+            `pack_qlinear` refuses.
+        ValueError: weight is of another type, or there is no such form.
+
+    Example:
+        >>> weight = torch.zeros(64, 48).index_fill_(0, torch.arange(16, 32), 1.0)
+        >>> packed = pack_sparse_linear(BsrWeight.from_dense(weight, (16, 4)), bias=torch.zeros(64))
+        >>> linear(torch.ones(3, 48), packed, 64).sum(1)
+        tensor([768., 768., 768.])
+
+    The two forms and their layouts are described in csrc/cpu/gemm/gemm.h.
+    """
+    if not isinstance(weight, (BsrWeight, CsrWeight)):
+        got = type(weight).__name__
+        raise ValueError(f"pack_sparse_linear: expected weight to be a BsrWeight or a CsrWeight. Got {got}.")
+    if form not in FORMS:
+        raise ValueError(f"pack_sparse_linear: expected form to be one of {', '.join(FORMS)}. Got {form!r}.")
+    values = weight.values
+    if isinstance(weight, CsrWeight):
+        values = values.unsqueeze(-1).unsqueeze(-1)
+    return _op.pack_sparse_linear(
+        weight.crow,
+        weight.col,
+        values,
+        *weight.shape,
+        weight_scale,
+        bias,
+        input_scale,
+        input_zero_point,
+        output_scale,
+        FORMS[form],
+    )
 
 
 def unpack_linear(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,12 +226,14 @@ def embed(
 
 __all__ = [
     "ACTIVATIONS",
+    "FORMS",
     "add_layernorm",
     "cpu_isa",
     "embed",
     "linear",
     "pack_linear",
     "pack_qlinear",
+    "pack_sparse_linear",
     "qgemm",
     "qgemm_requantize",
     "quantize_rows",

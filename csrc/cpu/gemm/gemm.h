@@ -24,8 +24,7 @@
 //   panels   a panel lists dwords where its features have a nonzero: those of both halves of 16 features, then of the
 //            first half alone, of the second alone. Lanes are features, as in the dense tile.
 //   tokens   every R = 1, 2 or 4 features have a list of their own: [entry][R] dwords. Lanes are rows of X, which lie
-//            in groups of kTokens: [KD][planes][kTokens]. A list is cut at multiples of kChunk dwords of K, so that
-//            the rows of X read meanwhile fit into the L1 cache.
+//            in groups of kTokens: [KD][planes][kTokens].
 #pragma once
 
 #include <stdint.h>
@@ -37,7 +36,6 @@ namespace bertkern::cpu {
 constexpr int64_t kPanel = 32, kHalfPanel = 16;
 constexpr int kMaxRows = 14;
 constexpr int64_t kTokens = 16;  // rows of X in a group where lanes are rows
-constexpr int64_t kChunk = 128;
 
 enum class WeightKind : int32_t { f32 = 0, bf16 = 1, s8 = 2 };
 
@@ -69,16 +67,15 @@ struct SparsePanel {
 using SparseTileFn = void (*)(const uint32_t* a, int64_t lda, const SparsePanel& b, const TileOutput& output);
 
 struct TokenPanel {
-  const uint32_t* begin;  // [32 / R][chunks + 1]: entries of the features' list, by chunk of K
+  const uint32_t* begin;  // [32 / R + 1]: where each list begins
   const uint16_t* index;
   const uint32_t* weights;  // [entry][R]
-  int64_t chunks;
 };
 
-// sums[n][row] += the dot products over chunks [chunk0, chunk1), for `groups` groups of kTokens rows, `group_dwords`
-// apart; they start from init[n] where that is given. Sums are int32 (s8) or fp32.
-using TokensFn = void (*)(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, int64_t chunk0,
-                          int64_t chunk1, const void* init, uint32_t* sums, int64_t pitch);
+// sums[n][row] = init[n] + the dot products, for `groups` groups of kTokens rows, `group_dwords` apart. Sums are int32
+// (s8) or fp32.
+using TokensFn = void (*)(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b,
+                          const void* init, uint32_t* sums, int64_t pitch);
 // What TileOutput says, for up to kTokens rows of fp32: the sums, made floats of and transposed. No residual.
 using FinishTokensFn = void (*)(const uint32_t* sums, int64_t pitch, int64_t rows, const TileOutput& output);
 

@@ -189,39 +189,29 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
   }
 }
 
-constexpr int64_t kTokenPanels = 4;  // whose sums wait in L2 while the chunks pass
-thread_local Scratch token_memory;
-
 void gemm_tokens(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1,
                  const Output& output, const void* start) {
   const TileKernels& tiles = tile_kernels(linear.kind);
   const Sink sink(linear, output);
   const auto run = tiles.tokens[linear.features / 2];
-  uint32_t* sums = token_memory.get<uint32_t>(kTokenPanels * kPanel * kTokenGroups * kTokens);
+  alignas(64) uint32_t sums[kPanel * kTokenGroups * kTokens];
   alignas(64) float buffer[kTokens * kPanel];
   for (int64_t g = g0; g < g1; g += kTokenGroups) {
     const int64_t groups = std::min(kTokenGroups, g1 - g), pitch = groups * kTokens;
-    const int64_t together = std::max<int64_t>(1, kTokenGroups / groups);  // chunks
-    for (int64_t q = p0; q < p1; q += kTokenPanels) {
-      const int64_t panels = std::min(kTokenPanels, p1 - q);
-      for (int64_t c = 0; c < std::max<int64_t>(1, linear.chunks); c += together)
-        for (int64_t p = q; p < q + panels; ++p)
-          run(rows.group_data(g), rows.group_dwords(), groups, token_panel(linear, p), c,
-              std::min(linear.chunks, c + together), c ? nullptr : static_cast<const char*>(start) + p * kPanel * 4,
-              sums + (p - q) * kPanel * pitch, pitch);
-      for (int64_t p = q; p < q + panels; ++p) {
-        const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
-        const bool direct = sink.in_tile() && columns == kPanel && !output.residual && output.dtype == Dtype::f32;
-        for (int64_t i = 0; i < groups; ++i) {
-          const int64_t r = rows.begin(g + i), mr = rows.begin(g + i + 1) - r;
-          TileOutput rows_out{};
-          if (rows.scale) rows_out.row_scale = rows.scale + r, rows_out.weight_scale = linear.scale + column;
-          rows_out.bias = linear.bias + column;
-          rows_out.out = direct ? sink.row(r, column) : buffer;
-          rows_out.pitch = direct ? output.out_pitch : kPanel;
-          tiles.finish_tokens(sums + (p - q) * kPanel * pitch + i * kTokens, pitch, mr, rows_out);
-          if (!direct) sink.write(buffer, r, mr, column, columns);
-        }
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
+      const bool direct = sink.in_tile() && columns == kPanel && !output.residual && output.dtype == Dtype::f32;
+      run(rows.group_data(g), rows.group_dwords(), groups, token_panel(linear, p),
+          static_cast<const char*>(start) + column * 4, sums, pitch);
+      for (int64_t i = 0; i < groups; ++i) {
+        const int64_t r = rows.begin(g + i), mr = rows.begin(g + i + 1) - r;
+        TileOutput tile{};
+        if (rows.scale) tile.row_scale = rows.scale + r, tile.weight_scale = linear.scale + column;
+        tile.bias = linear.bias + column;
+        tile.out = direct ? sink.row(r, column) : buffer;
+        tile.pitch = direct ? output.out_pitch : kPanel;
+        tiles.finish_tokens(sums + i * kTokens, pitch, mr, tile);
+        if (!direct) sink.write(buffer, r, mr, column, columns);
       }
     }
   }

@@ -3,7 +3,7 @@
 //   bytes 0..63   LinearHeader
 //   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h)
 //   index         sparse only: `entries` dwords of K, uint32 (panels) or uint16 (tokens), padded to 4 bytes
-//   table         sparse only: PanelEntry [panels], or uint32 [panels][32 / R][chunks + 1] (tokens)
+//   table         sparse only: PanelEntry [panels], or uint32 [panels * 32 / R + 1] (tokens)
 //   init          int32 [Np]   s8 only: -zero_point * sum_k W[n, k], Np = N rounded up to 32
 //   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
 //   scale         fp32  [Np]   s8 only: the weight's scale
@@ -20,6 +20,8 @@ namespace bertkern::cpu {
 constexpr uint32_t kLinearMagic = 0x314b4c42;  // "BLK1"
 constexpr int32_t kSignedZero = 128;           // zero point of signed codes stored as u8
 
+constexpr int64_t kSparseDwords = 65536;  // of K that sparse weights can list: uint16 tells them apart
+
 enum class Layout : int32_t { dense = 0, panels = 1, tokens = 2 };
 
 struct PanelEntry {
@@ -35,8 +37,9 @@ struct LinearHeader {
   int32_t input_zero;
   float output_scale;  // 0: the output is not fake-quantized
   int32_t has_bias;
-  int32_t layout;
-  int32_t features;  // R of tokens, else 0
+  int16_t layout;
+  int16_t features;  // R of tokens, else 0
+  uint32_t check;    // of the other fields: sparse tables are read by them, and no size would tell a wrong K
   int64_t entries;   // of the index
   int64_t weight_dwords;
 };
@@ -46,7 +49,7 @@ struct Linear {
   WeightKind kind;
   Layout layout;
   int64_t n, k, kd, panels;
-  int64_t features, chunks;  // of tokens
+  int64_t features;  // R of tokens
   const uint32_t* weights;
   const void* index;
   const void* table;
@@ -71,7 +74,7 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear);
 void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
                  const float* bias, void* out);
 
-constexpr int64_t kTokenGroups = 8;  // in a pass over the weights of Layout::tokens
+constexpr int64_t kTokenGroups = 3;  // in a pass over the weights of Layout::tokens: measured best of 1 to 8
 
 // Sparse weights, from stored blocks of `rows` x `columns` values (or codes): block row i of W holds the blocks
 // [crow[i], crow[i + 1]), at block columns col[...]. What lies outside [n, k] is left out.

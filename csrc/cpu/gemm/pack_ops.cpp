@@ -74,20 +74,23 @@ void check_codes(const char* op, const char* name, const Tensor& codes) {
 
 int64_t zero_of(int64_t input_zero_point) { return input_zero_point == 0 ? cpu::kSignedZero : input_zero_point; }
 
+// fp16 as fp32, for which there are kernels.
+Tensor widened(const Tensor& weight) {
+  if (weight.scalar_type() != ScalarType::Half) return weight;
+  Tensor wide = empty(shape_vector(weight), ScalarType::Float);
+  cpu::row_kernels().load_row(weight.const_data_ptr(), cpu::Dtype::f16, weight.numel(),
+                              static_cast<float*>(wide.mutable_data_ptr()));
+  return wide;
+}
+
 }  // namespace
 
 Tensor pack_linear(const Tensor& weight, std::optional<Tensor> bias) {
   const char* op = "pack_linear";
   require(weight.dim() == 2, op, ": expected weight of shape [N, K]. Got ", shape_of(weight), ".");
-  const Tensor w = expect_float(op, "weight", weight);
-  if (w.scalar_type() == ScalarType::BFloat16)
-    return pack(op, cpu::WeightKind::bf16, w, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
-  if (w.scalar_type() == ScalarType::Float)
-    return pack(op, cpu::WeightKind::f32, w, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
-  Tensor wide = empty({w.size(0), w.size(1)}, ScalarType::Float);
-  cpu::row_kernels().load_row(w.const_data_ptr(), cpu::Dtype::f16, w.numel(),
-                              static_cast<float*>(wide.mutable_data_ptr()));
-  return pack(op, cpu::WeightKind::f32, wide, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
+  const Tensor w = widened(expect_float(op, "weight", weight));
+  const bool bf16 = w.scalar_type() == ScalarType::BFloat16;
+  return pack(op, bf16 ? cpu::WeightKind::bf16 : cpu::WeightKind::f32, w, nullptr, bias, 0.0, cpu::kSignedZero, 0.0);
 }
 
 Tensor pack_qlinear(const Tensor& codes, const Tensor& scale, std::optional<Tensor> bias, double input_scale,
@@ -151,16 +154,18 @@ Tensor pack_sparse_linear(const Tensor& crow, const Tensor& col, const Tensor& v
   const char* op = "pack_sparse_linear";
   require(n >= 0 && k >= 0 && n <= INT32_MAX && k <= INT32_MAX, op, ": expected n and k in [0, 2^31). Got ", n, " and ",
           k, ".");
-  require(values.dim() == 3 && values.size(1) > 0 && values.size(2) > 0, op,
-          ": expected values of shape [blocks, rows, columns]. Got ", shape_of(values), ".");
+  require(values.dim() == 3 && values.size(1) > 0 && values.size(2) > 0 && values.size(1) <= INT32_MAX &&
+              values.size(2) <= INT32_MAX,
+          op, ": expected values of shape [blocks, rows, columns] with rows and columns in [1, 2^31). Got ",
+          shape_of(values), ".");
   require(form >= 0 && form <= 2, op, ": expected form 0 (by rule), 1 (panels) or 2 (tokens). Got ", form, ".");
   const Tensor begin = expect(op, "crow", crow, ScalarType::Int), at = expect(op, "col", col, ScalarType::Int);
   const bool integer = values.scalar_type() == ScalarType::Char;
-  const bool bf16 = values.scalar_type() == ScalarType::BFloat16;
-  const Tensor v = expect(op, "values", values,
-                          integer ? ScalarType::Char
-                          : bf16  ? ScalarType::BFloat16
-                                  : ScalarType::Float);
+  require(values.is_cpu(), op, ": expected values on the CPU. Got another device.");
+  require(integer || is_activation_dtype(values.scalar_type()), op,
+          ": expected values of dtype float32, bfloat16, float16 or int8. Got ", dtype_name(values.scalar_type()), ".");
+  const Tensor v = widened(dense(values));
+  const bool bf16 = v.scalar_type() == ScalarType::BFloat16;
   const int64_t rows = v.size(1), columns = v.size(2);
   check_index(op, begin, at, (n + rows - 1) / rows, (k + columns - 1) / columns, v.size(0));
   const cpu::WeightKind kind = integer ? cpu::WeightKind::s8 : bf16 ? cpu::WeightKind::bf16 : cpu::WeightKind::f32;
@@ -176,17 +181,17 @@ Tensor pack_sparse_linear(const Tensor& crow, const Tensor& col, const Tensor& v
             ": expected input_scale, input_zero_point and output_scale with int8 values only. Got float values.");
   }
   Layer layer = layer_of(op, kind, n, k, bias, input_scale, zero_of(input_zero_point), output_scale);
+  require(cpu::dword_count(kind, k) <= cpu::kSparseDwords, op, ": expected K <= ", cpu::kSparseDwords * (bf16 ? 2 : 1),
+          ". Got ", k, ".");
   const bool tall = rows % cpu::kHalfPanel == 0;
   const cpu::Layout layout = form ? static_cast<cpu::Layout>(form) : tall ? cpu::Layout::panels : cpu::Layout::tokens;
-  layer.header.layout = static_cast<int32_t>(layout);
-  if (layout == cpu::Layout::tokens) {
-    layer.header.features = rows % 4 == 0 ? 4 : rows % 2 == 0 ? 2 : 1;
-    require(cpu::dword_count(kind, k) <= 65536, op, ": expected K <= ", 65536 * (k / cpu::dword_count(kind, k)),
-            " for blocks of ", rows, " rows. Got ", k, ".");
-  }
+  layer.header.layout = static_cast<int16_t>(layout);
+  if (layout == cpu::Layout::tokens) layer.header.features = rows % 4 == 0 ? 4 : rows % 2 == 0 ? 2 : 1;
   const cpu::Blocks blocks{static_cast<const int32_t*>(begin.const_data_ptr()),
                            static_cast<const int32_t*>(at.const_data_ptr()), v.const_data_ptr(), rows, columns};
   cpu::measure_sparse(layer.header, blocks);
+  require(layer.header.entries <= UINT32_MAX, op, ": expected fewer than 2^32 stored steps of K. Got ",
+          layer.header.entries, ".");
   Tensor out = empty_weights(cpu::packed_bytes(layer.header));
   cpu::pack_sparse(layer.header, blocks, integer ? static_cast<const float*>(scale.const_data_ptr()) : nullptr,
                    integer ? scale.numel() : 0, layer.bias_data, out.mutable_data_ptr());

@@ -12,16 +12,29 @@ namespace {
 int64_t values_per_dword(WeightKind kind) { return kind == WeightKind::s8 ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
 int64_t value_bytes(WeightKind kind) { return 4 / values_per_dword(kind); }
 int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
-int64_t chunk_count(int64_t kd) { return (kd + kChunk - 1) / kChunk; }
+
+uint32_t check_of(const LinearHeader& header) {  // FNV-1a over words
+  LinearHeader h = header;
+  h.check = 0;
+  uint32_t words[sizeof h / 4], sum = 2166136261u;
+  std::memcpy(words, &h, sizeof h);
+  for (const uint32_t word : words) sum = (sum ^ word) * 16777619u;
+  return sum;
+}
+
+void write_header(const LinearHeader& header, void* out) {
+  LinearHeader h = header;
+  h.check = check_of(header);
+  std::memcpy(out, &h, sizeof h);
+}
 
 // Bytes of the index and of the table.
 int64_t index_bytes(const LinearHeader& h) {
   return h.layout == 0 ? 0 : h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4;
 }
-int64_t table_bytes(const LinearHeader& h, int64_t panels, int64_t kd) {
+int64_t table_bytes(const LinearHeader& h, int64_t panels) {
   if (h.layout == 0) return 0;
-  return panels *
-         (h.layout == 1 ? static_cast<int64_t>(sizeof(PanelEntry)) : kPanel / h.features * (chunk_count(kd) + 1) * 4);
+  return h.layout == 1 ? panels * static_cast<int64_t>(sizeof(PanelEntry)) : (panels * kPanel / h.features + 1) * 4;
 }
 
 }  // namespace
@@ -36,33 +49,52 @@ int64_t dense_dwords(WeightKind kind, int64_t n, int64_t k) { return padded(n) *
 int64_t packed_bytes(const LinearHeader& h) {
   const WeightKind kind = static_cast<WeightKind>(h.kind);
   const int64_t np = padded(h.n), vectors = kind == WeightKind::s8 ? 4 : 1;
-  return static_cast<int64_t>(sizeof h) + h.weight_dwords * 4 + index_bytes(h) +
-         table_bytes(h, np / kPanel, dword_count(kind, h.k)) + vectors * np * 4;
+  return static_cast<int64_t>(sizeof h) + h.weight_dwords * 4 + index_bytes(h) + table_bytes(h, np / kPanel) +
+         vectors * np * 4;
 }
+
+namespace {
+
+// Whether the table's last numbers are the header's.
+bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
+  if (linear.layout == Layout::dense) return true;
+  if (linear.panels == 0) return entries == 0 && dwords == 0;
+  if (linear.layout == Layout::panels) {
+    const PanelEntry& e = static_cast<const PanelEntry*>(linear.table)[linear.panels - 1];
+    const int64_t halves = int64_t{e.half[0]} + e.half[1];
+    return int64_t{e.index} + e.both + halves == entries &&
+           (int64_t{e.weights} + 2 * int64_t{e.both} + halves) * kHalfPanel == dwords;
+  }
+  return static_cast<const uint32_t*>(linear.table)[linear.panels * kPanel / linear.features] == entries;
+}
+
+}  // namespace
 
 bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   LinearHeader header;
   if (bytes < static_cast<int64_t>(sizeof header)) return false;
   std::memcpy(&header, data, sizeof header);
-  if (header.magic != kLinearMagic || header.kind < 0 || header.kind > 2) return false;
+  if (header.magic != kLinearMagic || header.check != check_of(header) || header.kind < 0 || header.kind > 2)
+    return false;
   if (header.n < 0 || header.k < 0 || header.n > (int64_t{1} << 31) || header.k > (int64_t{1} << 31)) return false;
+  const int64_t entries = header.entries, dwords = header.weight_dwords, features = header.features;
+  if (entries < 0 || entries > bytes || dwords < 0 || dwords > bytes) return false;  // below, nothing overflows
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
-  const bool known = header.layout == 0 ? header.weight_dwords == np * kd
-                     : header.layout == 1
-                         ? header.features == 0
-                         : header.layout == 2 && (header.features == 1 || header.features == 2 || header.features == 4);
-  if (!known || header.entries < 0 || header.entries > bytes || header.weight_dwords < 0 ||
-      header.weight_dwords > bytes || bytes != packed_bytes(header))
-    return false;
+  const bool known =
+      header.layout == 0 ? features == 0 && entries == 0 && dwords == np * kd
+      : header.layout == 1
+          ? features == 0 && dwords >= entries * kHalfPanel && dwords <= entries * kPanel
+          : header.layout == 2 && (features == 1 || features == 2 || features == 4) && dwords == entries * features;
+  if (!known || (header.layout && kd > kSparseDwords) || bytes != packed_bytes(header)) return false;
   linear.kind = kind, linear.layout = static_cast<Layout>(header.layout);
-  linear.features = header.features, linear.chunks = chunk_count(kd);
+  linear.features = header.features;
   linear.n = header.n, linear.k = header.k, linear.kd = kd, linear.panels = np / kPanel;
   linear.weights = reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + sizeof header);
   linear.index = linear.weights + header.weight_dwords;
   linear.table = static_cast<const char*>(linear.index) + index_bytes(header);
   const uint32_t* tail =
-      reinterpret_cast<const uint32_t*>(static_cast<const char*>(linear.table) + table_bytes(header, np / kPanel, kd));
+      reinterpret_cast<const uint32_t*>(static_cast<const char*>(linear.table) + table_bytes(header, np / kPanel));
   linear.init = linear.column_sum = nullptr;
   linear.scale = nullptr;
   if (kind == WeightKind::s8) {
@@ -74,7 +106,7 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   linear.bias = reinterpret_cast<const float*>(tail);
   linear.input_scale = header.input_scale, linear.input_zero = header.input_zero;
   linear.output_scale = header.output_scale, linear.has_bias = header.has_bias != 0;
-  return true;
+  return table_ends(linear, entries, dwords);
 }
 
 namespace {
@@ -104,7 +136,7 @@ void pack_linear(const LinearHeader& header, const void* weight, const float* sc
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t n = header.n, k = header.k, kd = dword_count(kind, k);
   std::memset(out, 0, static_cast<size_t>(packed_bytes(header)));
-  std::memcpy(out, &header, sizeof header);
+  write_header(header, out);
   char* weights = static_cast<char*>(out) + sizeof header;
   const int64_t bytes = value_bytes(kind), per_dword = values_per_dword(kind);
   std::vector<int32_t> sums;
@@ -202,7 +234,7 @@ void measure_sparse(LinearHeader& header, const Blocks& blocks) {
 void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* scale, int64_t scale_count,
                  const float* bias, void* out) {
   std::memset(out, 0, static_cast<size_t>(packed_bytes(header)));
-  std::memcpy(out, &header, sizeof header);
+  write_header(header, out);
   uint32_t* weights = reinterpret_cast<uint32_t*>(static_cast<char*>(out) + sizeof header);
   char* index = reinterpret_cast<char*>(weights + header.weight_dwords);
   char* table = index + index_bytes(header);
@@ -229,22 +261,20 @@ void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* 
           ++*counts[which];
         }
     } else {
-      const int64_t chunks = chunk_count(kd);
-      uint32_t* begin = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features) * (chunks + 1);
-      for (int64_t f = 0; f < kPanel; f += header.features, begin += chunks + 1) {
+      uint32_t* end = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features);
+      for (int64_t f = 0; f < kPanel; f += header.features) {
         for (int64_t d = 0; d < kd; ++d) {
-          if (d % kChunk == 0) begin[d / kChunk] = static_cast<uint32_t>(entry);
           if (!panel.any(d, f, header.features)) continue;
           copy(d, f, header.features);
           reinterpret_cast<uint16_t*>(index)[entry++] = static_cast<uint16_t>(d);
         }
-        begin[chunks] = static_cast<uint32_t>(entry);
+        *++end = static_cast<uint32_t>(entry);
       }
     }
     if (static_cast<WeightKind>(header.kind) == WeightKind::s8)
       for (int64_t f = 0; f < std::min(kPanel, header.n - p * kPanel); ++f) sums.push_back(panel.sum(f));
   }
-  write_vectors(header, sums.data(), scale, scale_count, bias, table + table_bytes(header, panels, kd));
+  write_vectors(header, sums.data(), scale, scale_count, bias, table + table_bytes(header, panels));
 }
 
 SparsePanel sparse_panel(const Linear& linear, int64_t panel) {
@@ -257,8 +287,7 @@ SparsePanel sparse_panel(const Linear& linear, int64_t panel) {
 
 TokenPanel token_panel(const Linear& linear, int64_t panel) {
   const uint32_t* table = static_cast<const uint32_t*>(linear.table);
-  return {table + panel * (kPanel / linear.features) * (linear.chunks + 1), static_cast<const uint16_t*>(linear.index),
-          linear.weights, linear.chunks};
+  return {table + panel * (kPanel / linear.features), static_cast<const uint16_t*>(linear.index), linear.weights};
 }
 
 Piece panel_weights(const Linear& linear, int64_t panel) {
@@ -269,7 +298,7 @@ Piece panel_weights(const Linear& linear, int64_t panel) {
     }
     case Layout::tokens: {
       const TokenPanel b = token_panel(linear, panel);
-      const int64_t first = b.begin[0], last = b.begin[kPanel / linear.features * (linear.chunks + 1) - 1];
+      const int64_t first = b.begin[0], last = b.begin[kPanel / linear.features];
       return {b.weights + first * linear.features, (last - first) * linear.features * 4};
     }
     default:
@@ -298,8 +327,8 @@ void each_dword(const Linear& linear, See&& see) {
     } else {
       const TokenPanel b = token_panel(linear, p);
       for (int64_t f = 0; f < kPanel; f += linear.features) {
-        const uint32_t* begin = b.begin + f / linear.features * (b.chunks + 1);
-        for (int64_t e = begin[0]; e < begin[b.chunks]; ++e)
+        const uint32_t* begin = b.begin + f / linear.features;
+        for (int64_t e = begin[0]; e < begin[1]; ++e)
           for (int64_t r = 0; r < linear.features; ++r)
             see(p * kPanel + f + r, b.index[e], b.weights[e * linear.features + r]);
       }

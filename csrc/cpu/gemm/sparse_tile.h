@@ -43,40 +43,19 @@ void sparse_tile(const uint32_t* a, int64_t lda, const SparsePanel& b, const Til
 constexpr int kTokenAccumulators = kWidth == 16 ? 16 : 8;
 
 template <class Dot, int R, int V>
-BK_INLINE void token_steps(const uint32_t* const (&a)[V], const uint16_t* index, const uint32_t* weights, int64_t count,
-                           const uint32_t* init, uint32_t* sums, int64_t pitch) {
-  typename Dot::Acc acc[R][V];
+BK_INLINE void start_tokens(typename Dot::Acc (&acc)[R][V], const uint32_t* init) {
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
+    const uint32_t x = init[r];
+    const uint32_t lanes[16] = {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+    const typename Dot::Acc first = Dot::init(lanes);
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      if (init) {
-        const uint32_t x = init[r];
-        const uint32_t lanes[16] = {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
-        acc[r][v] = Dot::init(lanes);
-      } else {
-        acc[r][v] = Dot::init(sums + r * pitch + v * kWidth);
-      }
-    }
+    for (int v = 0; v < V; ++v) acc[r][v] = first;
   }
-  for (int64_t i = 0; i < count; ++i, weights += R) {
-    const int64_t offset = static_cast<int64_t>(index[i]) * (kTokens * Dot::kPlanes);
-    if (R == 1) {
-      const typename Dot::Vec w = Dot::splat(weights[0]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) Dot::step(acc[0][v], Dot::rows(a[v] + offset, kTokens), w);
-    } else {
-      typename Dot::Act x[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) x[v] = Dot::rows(a[v] + offset, kTokens);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const typename Dot::Vec w = Dot::splat(weights[r]);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) Dot::step(acc[r][v], x[v], w);
-      }
-    }
-  }
+}
+
+template <class Dot, int R, int V>
+BK_INLINE void store_tokens(const typename Dot::Acc (&acc)[R][V], uint32_t* sums, int64_t pitch) {
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -84,32 +63,78 @@ BK_INLINE void token_steps(const uint32_t* const (&a)[V], const uint16_t* index,
   }
 }
 
+// One entry of a list: R features.
+template <class Dot, int R, int V>
+BK_INLINE void token_step(typename Dot::Acc (&acc)[R][V], const uint32_t* const (&a)[V], uint16_t index,
+                          const uint32_t* weights) {
+  const int64_t offset = static_cast<int64_t>(index) * (kTokens * Dot::kPlanes);
+  if (R == 1) {
+    const typename Dot::Vec w = Dot::splat(weights[0]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) Dot::step(acc[0][v], Dot::rows(a[v] + offset, kTokens), w);
+  } else {
+    typename Dot::Act x[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) x[v] = Dot::rows(a[v] + offset, kTokens);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const typename Dot::Vec w = Dot::splat(weights[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) Dot::step(acc[r][v], x[v], w);
+    }
+  }
+}
+
+struct TokenList {
+  const uint16_t* index;
+  const uint32_t* weights;
+  int64_t count;
+};
+
 // All features of a panel for V vectors of rows from vector v0 on.
 template <class Dot, int R, int V>
-void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const TokenPanel& b, int64_t chunk0,
-                 int64_t chunk1, const void* init, uint32_t* sums, int64_t pitch) {
+void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const TokenPanel& b, const uint32_t* init,
+                 uint32_t* sums, int64_t pitch) {
   constexpr int kVectorsOfGroup = kTokens / kWidth;
   const uint32_t* rows[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v)
     rows[v] = a + (v0 + v) / kVectorsOfGroup * group_dwords + (v0 + v) % kVectorsOfGroup * kWidth;
-  const uint32_t* first = static_cast<const uint32_t*>(init);
-  for (int64_t n = 0; n < kPanel; n += R) {
-    const uint32_t* begin = b.begin + n / R * (b.chunks + 1);
-    const int64_t e = begin[chunk0], count = begin[chunk1] - e;
-    token_steps<Dot, R, V>(rows, b.index + e, b.weights + e * R, count, first ? first + n : nullptr,
-                           sums + n * pitch + v0 * kWidth, pitch);
+  const auto list = [&](int64_t n) {
+    const int64_t e = b.begin[n / R];
+    return TokenList{b.index + e, b.weights + e * R, b.begin[n / R + 1] - e};
+  };
+  // Two lists at a time where one alone has too few sums under way to hide the latency of a step.
+  constexpr int kLists = R * V <= 4 ? 2 : 1;
+  for (int64_t n = 0; n < kPanel; n += R * kLists) {
+    const TokenList x = list(n), y = list(kLists == 2 ? n + R : n);
+    typename Dot::Acc xs[R][V], ys[R][V];
+    start_tokens<Dot, R, V>(xs, init + n);
+    int64_t i = 0;
+    if (kLists == 2) {
+      start_tokens<Dot, R, V>(ys, init + n + R);
+      const int64_t both = x.count < y.count ? x.count : y.count;
+      for (; i < both; ++i) {
+        token_step<Dot, R, V>(xs, rows, x.index[i], x.weights + i * R);
+        token_step<Dot, R, V>(ys, rows, y.index[i], y.weights + i * R);
+      }
+      for (int64_t j = i; j < y.count; ++j) token_step<Dot, R, V>(ys, rows, y.index[j], y.weights + j * R);
+      store_tokens<Dot, R, V>(ys, sums + (n + R) * pitch + v0 * kWidth, pitch);
+    }
+    for (; i < x.count; ++i) token_step<Dot, R, V>(xs, rows, x.index[i], x.weights + i * R);
+    store_tokens<Dot, R, V>(xs, sums + n * pitch + v0 * kWidth, pitch);
   }
 }
 
 template <class Dot, int R>
-void tokens(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, int64_t chunk0,
-            int64_t chunk1, const void* init, uint32_t* sums, int64_t pitch) {
+void tokens(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, const void* init,
+            uint32_t* sums, int64_t pitch) {
   constexpr int kMost = kTokenAccumulators / R > 8 ? 8 : kTokenAccumulators / R;
   const int64_t vectors = groups * (kTokens / kWidth);
+  const uint32_t* first = static_cast<const uint32_t*>(init);
   int64_t v = 0;
   const auto pass = [&](auto run, int64_t count) __attribute__((always_inline)) {
-    for (; v + count <= vectors; v += count) run(a, group_dwords, v, b, chunk0, chunk1, init, sums, pitch);
+    for (; v + count <= vectors; v += count) run(a, group_dwords, v, b, first, sums, pitch);
   };
   pass(&token_panel<Dot, R, kMost>, kMost);
   // What is left is fewer: one pass of just that many.
