@@ -208,14 +208,16 @@ def multiply_tile(dtype: torch.dtype, out_block: int, in_block: int, tokens: int
 
 
 def sampled_tile(dtype: torch.dtype, block: tuple[int, int]) -> Tile:
-    """The tile of `multiply_sampled`: rows x columns of a block, all of it (fp32: up to 64 x 64); the step is in tokens."""
+    """The tile of `multiply_sampled`: all of a block, of fp32 ones up to 64 x 64; the step is in tokens."""
     most = 64 if dtype == torch.float32 else 128
     rows, columns = min(block[0], most), min(block[1], most)
     area = rows * columns
-    warps = 1 if area < 1024 else 2 if area == 1024 else 8 if area == 128 * 128 else 4
-    if dtype == torch.float32:
-        return Tile(rows, columns, 32, 8 if rows == 64 and area > 1024 else warps, 3)  # sm_100 spills with fewer warps
-    return Tile(rows, columns, 64, warps, 3)
+    if rows < 64:
+        warps = 1 if area < 1024 else 2 if area == 1024 else 4
+    else:
+        # Four warps are what Hopper's instruction wants; sm_100 spills a large tile of fp32 with fewer than eight.
+        warps = 8 if area > (1024 if dtype == torch.float32 else 128 * 64) else 4
+    return Tile(rows, columns, 32 if dtype == torch.float32 else 64, warps, 3)
 
 
 # --- launchers -----------------------------------------------------------------------------------------------------
@@ -471,28 +473,20 @@ def _table() -> tuple[Entry, ...]:
     few, many = 128, 4096
     entries = [
         *(_multiply_entry(half, block, many) for block in (*squares, (32, 64))),
-        *(_multiply_entry(half, block, few) for block in ((16, 16), (32, 32))),
-        *(_multiply_entry(half, block, many, transposed=True) for block in (*squares, (32, 64))),
-        *(
-            _multiply_entry(bfloat, block, few, transposed)
-            for block in ((16, 16), (64, 64))
-            for transposed in (False, True)
-        ),
-        *(_multiply_entry(single, block, few) for block in squares),
-        *(_multiply_entry(single, block, few, transposed=True) for block in ((16, 16), (128, 128))),
+        *(_multiply_entry(half, block, many, transposed=True) for block in ((16, 16), (32, 32), (128, 128), (32, 64))),
+        _multiply_entry(half, (32, 32), few),
+        _multiply_entry(bfloat, (16, 16), few),
+        _multiply_entry(bfloat, (64, 64), few, transposed=True),
+        *(_multiply_entry(single, block, few) for block in ((16, 16), (64, 64))),
+        *(_multiply_entry(single, block, few, transposed=True) for block in ((32, 32), (128, 128))),
         *(_int8_entry(block, many, half) for block in squares),
-        *(_int8_entry(block, few, bfloat) for block in ((16, 64), (32, 32))),
+        _int8_entry((16, 64), few, bfloat),
         *(_int8_entry(block, 16, single) for block in ((16, 16), (128, 128))),
-        *(_sampled_entry(half, block) for block in (*squares, (32, 64), (64, 32))),
-        *(_sampled_entry(bfloat, block) for block in ((32, 32), (128, 64))),
-        *(_sampled_entry(single, block) for block in (*squares, (64, 32))),
+        *(_sampled_entry(half, block) for block in (*squares, (32, 64))),
+        _sampled_entry(bfloat, (128, 64)),
+        *(_sampled_entry(single, block) for block in ((32, 32), (64, 64), (64, 32))),
     ]
-    odd = (
-        _multiply_entry(half, (128, 128), many),
-        _multiply_entry(single, (64, 64), few, transposed=True),
-        _int8_entry((32, 32), many, half),
-        _sampled_entry(single, (64, 64)),
-    )
+    odd = (_multiply_entry(half, (128, 128), many), _int8_entry((32, 32), many, half), _sampled_entry(single, (64, 64)))
     return (*entries, *map(_odd, odd))
 
 

@@ -1,0 +1,47 @@
+"""The block-sparse kernels in Triton's interpreter, against float64: interpret.py, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+from .found import kernels
+
+TABLE = kernels("block_sparse").TABLE
+CASES = [f"{entry.name}-{t}x{n}x{k}" for entry in TABLE for t, n, k in entry.shapes]
+LAYERS = ["dead_columns", "rows_alone", "int8_launcher", "empty"]
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    """What each case said."""
+    done = subprocess.run(
+        [sys.executable, "tests/kernels/interpret.py"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = map(json.loads, done.stdout.splitlines())
+    return {line["case"]: line["said"] for line in lines}
+
+
+@pytest.mark.parametrize("case", CASES + LAYERS)
+def test_case(said, case):
+    assert said[case] == "ok", said[case]
+
+
+def test_layers(said):
+    layers = {case: word for case, word in said.items() if case.startswith("layer-")}
+    assert len(layers) == 4
+    assert set(layers.values()) == {"ok"}, layers
+
+
+def test_nothing_else_ran(said):
+    assert len(said) == len(CASES) + len(LAYERS) + 4
