@@ -289,7 +289,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     return (
         _input_gradient(grad, values, index, x.shape[-1]) if for_x else None,
         _values_gradient(grad, x, index, *values.shape) if for_values else None,
-        grad.reshape(-1, grad.shape[-1]).sum(0) if for_bias else None,
+        _matrix(grad).sum(0) if for_bias else None,
         None,
         None,
     )

@@ -13,7 +13,7 @@ from .found import kernels
 
 TABLE = kernels("block_sparse").TABLE
 CASES = [f"{entry.name}-{t}x{n}x{k}" for entry in TABLE for t, n, k in entry.shapes]
-LAYERS = ["dead_columns", "rows_alone", "int8_launcher", "empty"]
+CHECKS = ["dead_blocks", "rows_alone", "int8_launcher", "empty"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def said() -> dict[str, str]:
     return {line["case"]: line["said"] for line in lines}
 
 
-@pytest.mark.parametrize("case", CASES + LAYERS)
+@pytest.mark.parametrize("case", CASES + CHECKS)
 def test_case(said, case):
     assert said[case] == "ok", said[case]
 
@@ -44,4 +44,4 @@ def test_layers(said):
 
 
 def test_nothing_else_ran(said):
-    assert len(said) == len(CASES) + len(LAYERS) + 4
+    assert len(said) == len(CASES) + len(CHECKS) + 4

@@ -147,6 +147,16 @@ def test_no_block_left():
     assert torch.equal(twin(x), y)
 
 
+@pytest.mark.parametrize("k, n", [(0, 5), (5, 0), (0, 0)])
+def test_widths_of_zero(k, n):
+    layer = BlockSparseLinear(k, n, (4, 4))
+    x = torch.randn(2, 3, k, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, F.linear(x, torch.zeros(n, k), layer.bias))
+    y.sum().backward()
+    assert x.grad.shape == x.shape and torch.equal(layer.bias.grad, torch.full((n,), 6.0))
+
+
 def test_what_is_not_kept_is_not_read():
     layer = BlockSparseLinear(96, 64, (32, 32), pattern=torch.tensor([[0, 1, 0], [0, 1, 0]]) > 0)
     x = torch.randn(5, 96)
