@@ -9,16 +9,28 @@ from typing import Any
 from torch import nn
 
 from . import nlp_architect
+from .block_sparse import BLOCK_SPARSE, bsr_from_block_sparse
+from .compressed_tensors import COMPRESSED_TENSORS
+from .dense import DENSE
 from .format import CheckpointFormat
+from .pruned_heads import PRUNED_HEADS
 
-FORMATS: tuple[CheckpointFormat, ...] = (nlp_architect.INT8, nlp_architect.TRAINING)
+# The first that recognises a path has it: the general ones come last.
+FORMATS: tuple[CheckpointFormat, ...] = (
+    nlp_architect.INT8,
+    nlp_architect.TRAINING,
+    COMPRESSED_TENSORS,
+    BLOCK_SPARSE,
+    PRUNED_HEADS,
+    DENSE,
+)
 
 
 def load_checkpoint(path: str | Path, *, format: str | None = None, **options: Any) -> nn.Module:
     """The model in a checkpoint of another project, in evaluation mode.
 
-    Its layers run on the kernels one by one; `bertkern.accelerate(model)` then fuses the encoder, and makes
-    `save_pretrained` write it as a bertkern model.
+    Its int8 layers run on the kernels one by one; `bertkern.accelerate(model)` then fuses the encoder, and makes
+    `save_pretrained` write an int8 model as one of bertkern's.
 
     Args:
         path: a checkpoint's folder, or the file of weights in it.
@@ -50,4 +62,4 @@ def load_checkpoint(path: str | Path, *, format: str | None = None, **options: A
     raise ValueError(f"load_checkpoint: expected a checkpoint of one of the formats {known}. Got {str(path)!r}.")
 
 
-__all__ = ["FORMATS", "CheckpointFormat", "load_checkpoint"]
+__all__ = ["FORMATS", "CheckpointFormat", "bsr_from_block_sparse", "load_checkpoint"]

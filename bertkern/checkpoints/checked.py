@@ -30,8 +30,12 @@ class CheckedTensors:
         dtypes: torch.dtype | tuple[torch.dtype, ...] = FLOATS,
         *,
         positive: bool = False,
+        finite: bool = True,
     ) -> Tensor:
-        """The tensor `name` of `shape` (None: a single element, given back as a scalar), finite if it is floating."""
+        """The tensor `name` of `shape` (None: a single element, given back as a scalar), finite if it is floating.
+
+        positive: whether it must be positive too. finite: whether NaN and Inf are refused.
+        """
         dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
         wanted = () if shape is None else tuple(shape)
         kinds = " or ".join(_short(dtype) for dtype in dtypes)
@@ -48,7 +52,7 @@ class CheckedTensors:
         if tensor.dtype not in dtypes:
             self.wrong(f"expected {name} of dtype {kinds}. Got {_short(tensor.dtype)}.")
             return stand_in
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             self.wrong(f"expected {name} to be finite. Got Inf or NaN.")
             return stand_in
         if positive and not (tensor > 0).all():

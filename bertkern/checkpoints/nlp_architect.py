@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bertkern.compress.q8bert.config import EMBEDDINGS, OPS, OpSettings, Q8BertConfig
 from bertkern.compress.q8bert.conversion import Int8Parts, int8_embedding, int8_linear
@@ -28,11 +27,12 @@ from bertkern.compress.q8bert.prepare import prepare_qat
 from bertkern.compress.q8bert.roles import Role, find_roles
 
 from .checked import CheckedTensors
+from .files import WEIGHTS as TRAINING_FILES
 from .files import read_config, read_tensors
 from .format import CheckpointFormat
+from .models import build, by_identity, pass_over_unused
 
 INT8_FILE = "quant_pytorch_model.bin"
-TRAINING_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # How far bias_scale may lie from the product that it is, in parts of it: it was rounded to fp32 a few times.
 SCALE_TOLERANCE = 1e-4
@@ -71,7 +71,7 @@ def load_int8(path: Path, *, model_class: type[PreTrainedModel] | None = None) -
         for name, parameter in model.named_parameters()
         if name.rpartition(".")[0] not in replacements
     }
-    _pass_over_unused(model, checked)
+    pass_over_unused(model, checked)
     checked.finish()
 
     for name, parts in replacements.items():
@@ -99,7 +99,7 @@ def load_training(path: Path, *, model_class: type[PreTrainedModel] | None = Non
     prepare_qat(model, Q8BertConfig.from_json(values))
     checked = CheckedTensors(tensors)
     state = {}
-    for target in _by_identity(model):
+    for target in by_identity(model):
         # Tied tensors are written under one of their names, or under all.
         names = [name for name in target if name in checked] or target[:1]
         shape = model.get_parameter(names[0]).shape
@@ -110,7 +110,7 @@ def load_training(path: Path, *, model_class: type[PreTrainedModel] | None = Non
             state[name] = checked.take(name, buffer.shape, torch.float32)
             if (state[name] < 0).any():
                 checked.wrong(f"expected {name} to be at least 0. Got {float(state[name].min())}.")
-    _pass_over_unused(model, checked)
+    pass_over_unused(model, checked)
     checked.finish()
     model.load_state_dict(state, strict=False)
     return model.eval()
@@ -152,43 +152,7 @@ def _build(
         raise ValueError(
             f"load_checkpoint: expected a BERT with all of its heads. Got pruned_heads {values['pruned_heads']}."
         )
-    model_class = model_class or _model_class(values, tensors)
-    # Weights are drawn and at once overwritten; the caller's random numbers are not to notice.
-    with torch.random.fork_rng(devices=[]):
-        try:
-            return model_class(_model_config(values))
-        # Which exception an impossible width, name or kind raises is up to transformers and torch.
-        except Exception as error:
-            raise ValueError(
-                f"load_checkpoint: expected config.json to describe a {model_class.__name__}. Got one of which none "
-                f"can be made: {error}"
-            ) from None
-
-
-def _model_config(values: dict[str, Any]) -> PretrainedConfig:
-    plain = {key: value for key, value in values.items() if key not in (*OPS, "q8bert", "architectures")}
-    # Files from before transformers 3 do not say that they are a BERT.
-    kind = plain.pop("model_type", None)
-    if kind is None or kind == "quant_bert":
-        return BertConfig.from_dict(plain)
-    return AutoConfig.for_model(kind, **plain)
-
-
-def _model_class(values: dict[str, Any], tensors: dict[str, Tensor]) -> type[PreTrainedModel]:
-    for name in values.get("architectures") or ():
-        found = getattr(transformers, name.removeprefix("Quantized"), None)
-        # The name comes from a file: nothing but a model is to be called by it.
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    heads = {name.split(".")[0] for name in tensors} - {"bert"}
-    if "qa_outputs" in heads:
-        return transformers.BertForQuestionAnswering
-    if "classifier" in heads:
-        raise ValueError(
-            "load_checkpoint: expected config.json to name the class under architectures, or model_class= "
-            "(BertForSequenceClassification or BertForTokenClassification). Got neither."
-        )
-    return transformers.BertModel
+    return build(values, tensors, model_class, foreign=(*OPS, "q8bert"))
 
 
 def _settings(role: Role, declared: Q8BertConfig | None, checked: CheckedTensors) -> OpSettings | None:
@@ -232,23 +196,3 @@ def _take_table(role: Role, settings: OpSettings, checked: CheckedTensors) -> tu
     codes = checked.take_codes(f"{role.name}.quantized_weight", role.module.weight.shape, settings.weight_bits)
     multiplier = checked.take(f"{role.name}._weight_scale", None, torch.float32, positive=True)
     return codes, 1 / multiplier.reshape(1), role.module.padding_idx
-
-
-def _pass_over_unused(model: PreTrainedModel, checked: CheckedTensors) -> None:
-    """Drops what older libraries wrote and this model has no place for."""
-    base = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    has_pooler = getattr(model.base_model, "pooler", None) is not None
-    for name in checked.names():
-        position_ids = name == f"{base}embeddings.position_ids"
-        # NLP Architect's token classifiers and question answerers carried a pooler that nothing read.
-        idle_pooler = not has_pooler and name.startswith(f"{base}pooler.dense.")
-        if position_ids or idle_pooler:
-            checked.pass_over(name)
-
-
-def _by_identity(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter, tied ones together."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
