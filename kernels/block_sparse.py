@@ -56,7 +56,7 @@ def _sum_of_blocks(
     SLICES: tl.constexpr = IN // BK if BK <= IN else 1
     GROUP: tl.constexpr = BK // IN if BK > IN else 1
     group = tile * BN // OUT
-    n = tile * BN % OUT + tl.arange(0, BN)
+    n = tl.arange(0, BN) if BN == OUT else tile * BN % OUT + tl.arange(0, BN)
     lane = tl.arange(0, BK)
     # Element (n, k) of a block lies at n * IN + k; read as its transpose, at k * OUT + n.
     n_offset = n if TRANSPOSED else n * IN
@@ -66,7 +66,7 @@ def _sum_of_blocks(
     for step in range(begin * SLICES, end * SLICES, GROUP):
         if GROUP == 1:
             place = step // SLICES
-            k = step % SLICES * BK + lane
+            k = lane if SLICES == 1 else step % SLICES * BK + lane
             block = tl.load(number + place) if TRANSPOSED else place
             column = tl.load(inner + place) * IN + k
             k_offset = block.to(tl.int64) * (OUT * IN) + (k * OUT if TRANSPOSED else k)
@@ -393,9 +393,11 @@ def _opcodes(dtype: torch.dtype, tile: Tile) -> dict[int, str]:
     mma, depth, operands = _MMA[dtype]
     if tile.rows < 64:
         return dict.fromkeys((80, 90, 100), mma)
-    integer = dtype == torch.int8
-    hopper = f"{'I' if integer else 'H'}GMMA.64x{tile.columns}x{depth}{operands}"
-    return {80: mma, 90: hopper, 100: "UTCIMMA" if integer else "UTCHMMA"}
+    if dtype != torch.int8:
+        return {80: mma, 90: f"HGMMA.64x{tile.columns}x{depth}{operands}", 100: "UTCHMMA"}
+    # Triton knows sm_100's own instruction for int8 from 3.8 on.
+    newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+    return {80: mma, 90: f"IGMMA.64x{tile.columns}x{depth}{operands}", 100: "UTCIMMA" if newer else mma}
 
 
 def _shapes(block: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:

@@ -2,13 +2,14 @@
 
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
-from triton import knobs
 
 from .found import kernels
 
-TABLE = kernels("block_sparse").TABLE
+BLOCK_SPARSE = kernels("block_sparse")
+TABLE, knobs = BLOCK_SPARSE.TABLE, BLOCK_SPARSE.knobs
 SHARED_BYTES = kernels("table").SHARED_BYTES
 
 
@@ -59,8 +60,6 @@ def test_machine_code(entry, capability, tmp_path):
 
 
 def test_an_entry_that_misses_an_argument_is_refused():
-    from dataclasses import replace
-
     entry = TABLE[0]
     wrong = replace(entry, signature={name: kind for name, kind in entry.signature.items() if name != "T"})
     with pytest.raises(ValueError, match=r"expected each of .* once\. Got \['T'\]"):
