@@ -1,0 +1,50 @@
+"""What a kernel's file says of each form that it launches: read by the tests, the plan and the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+# What a block may have of shared memory on every card since sm_80, the small ones (sm_86, 89, 120) included.
+SHARED_BYTES = 99 * 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One compiled form of a kernel.
+
+    Attributes:
+        name: unique in its table.
+        function: the `@triton.jit` function.
+        signature: Triton's type of every argument that is passed at run time, in any order.
+        constexprs: the other arguments.
+        options: num_warps, num_stages and what else Triton's compiler takes.
+        aligned: run-time arguments that are multiples of 16: bytes for pointers, elements for strides.
+        opcodes: the SASS instruction that does the multiplying, by compute capability (80, 90, 100).
+        shapes: problems (T, N, K) for the interpreter.
+    """
+
+    name: str
+    function: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, Any]
+    aligned: tuple[str, ...]
+    opcodes: Mapping[int, str]
+    shapes: tuple[tuple[int, int, int], ...]
+
+    def compile(self, capability: int) -> CompiledKernel:
+        """The kernel for a compute capability, 10 * major + minor; needs no GPU."""
+        names = self.function.arg_names
+        unknown = set(names) ^ (set(self.signature) | set(self.constexprs))
+        if unknown:
+            raise ValueError(f"{self.name}: expected each of {names} once. Got {sorted(unknown)} wrong.")
+        signature = {name: self.signature.get(name, "constexpr") for name in names}
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
+        source = ASTSource(self.function, signature, dict(self.constexprs), attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))

@@ -1,0 +1,66 @@
+"""Every kernel of the tables, compiled ahead of time for three generations of GPUs: what the machine code says."""
+
+import re
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from .found import kernels
+
+BLOCK_SPARSE = kernels("block_sparse")
+TABLE, knobs = BLOCK_SPARSE.TABLE, BLOCK_SPARSE.knobs
+SHARED_BYTES = kernels("table").SHARED_BYTES
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_here(tmp_path_factory):
+    """Nothing comes from a cache of earlier runs."""
+    assert not knobs.runtime.interpret, "expected no TRITON_INTERPRET: interpreted functions cannot be compiled"
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+def disassembly(cubin: bytes, folder) -> str:
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def instructions(text: str) -> list[str]:
+    """The instructions' names with their modifiers, without predicates."""
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M)
+
+
+def test_names_are_unique():
+    assert len({entry.name for entry in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+def test_machine_code(entry, capability, tmp_path):
+    kernel = entry.compile(capability)
+    text = disassembly(kernel.asm["cubin"], tmp_path)
+    assert re.search(r"\bSTACK:0\b", text) and re.search(r"\bLOCAL:0\b", text), "a stack frame"
+    found = instructions(text)
+    assert len(found) > 50
+    assert not [name for name in found if name.startswith(("LDL", "STL"))]
+    # Nothing else multiplies: no tile fell back to another generation's instruction, nor fp32 to one pass of TF32.
+    multiplying = {name.removesuffix(".SAT") for name in found if "MMA" in name}
+    assert multiplying == {entry.opcodes[capability]}
+    assert kernel.metadata.shared <= SHARED_BYTES
+    if not entry.name.endswith("-odd"):
+        # Operands are fetched ahead in 16 bytes at a time, not element by element.
+        assert any(name.startswith("LDGSTS") for name in found)
+        assert not [name for name in found if name.startswith("LDG.") and name.endswith((".U16", ".U8", ".S8"))]
+    if "fp32" in entry.signature.get("x", ""):
+        assert found.count(next(name for name in found if "MMA" in name)) % 3 == 0
+
+
+def test_an_entry_that_misses_an_argument_is_refused():
+    entry = TABLE[0]
+    wrong = replace(entry, signature={name: kind for name, kind in entry.signature.items() if name != "T"})
+    with pytest.raises(ValueError, match=r"expected each of .* once\. Got \['T'\]"):
+        wrong.compile(90)
