@@ -11,15 +11,20 @@ from torch import Tensor, nn
 
 from ..formats.bsr import BsrWeight
 from ..ops.block_sparse import block_index, block_sparse_linear, index_size
-from .packing import needs_grad
+from .linear import FLOATS
+from .packing import PackedCache, lean, needs_grad
+from .sparse import Form, pack_blocks
+
+_linear = lean(torch.ops.bertkern.linear.default)
 
 
-class BlockSparseLinear(nn.Module):
+class BlockSparseLinear(PackedCache, nn.Module):
     """An nn.Linear whose weight has nothing but some blocks of br x bc: neither it nor its gradient is ever dense.
 
     A block that is not kept is zero, has no gradient and stays so. Forward, backward and further derivatives compute
     kept blocks alone, so that 0 x Inf is 0 there. On CUDA, blocks of 16, 32, 64 or 128 a side in fp32, bf16 or fp16 run
-    as Triton kernels; other blocks, other devices and float64 in plain PyTorch.
+    as Triton kernels; other blocks, other devices and float64 in plain PyTorch. On a CPU in eval mode, where no
+    gradient is recorded, the kernels of `SparseLinear` run.
 
     Shapes: x [..., K] of the values' dtype -> [..., N]. Under autocast any, and the result has autocast's dtype.
 
@@ -188,7 +193,21 @@ class BlockSparseLinear(nn.Module):
 
     def _packed_forward(self, x: Tensor) -> Tensor | None:
         """The result by the processor's kernels, in eval mode where no gradient is recorded; None: not by them."""
-        return None
+        # What is packed is found when code is traced, or not at all: its size is unknown there.
+        if x.dtype not in FLOATS or not self.packable() or (torch.compiler.is_compiling() and self._packed is None):
+            return None
+        return _linear(x, self.packed(), self.out_features)
+
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        return self.values, None, self.bias, self.crow, self.col
+
+    def packable(self) -> bool:
+        return self.values.dtype in FLOATS and self.values.is_cpu and self.index is not None
+
+    def _pack(self) -> Tensor:
+        form = Form("tokens" if self.block[0] % 16 else "panels", *self.block)
+        bias = self.bias
+        return pack_blocks(self.to_weight(), form, None, None if bias is None else bias.detach().float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
         before = self.crow, self.col

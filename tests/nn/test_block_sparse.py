@@ -452,7 +452,7 @@ def test_inference_mode():
     x = torch.randn(5, 70)
     with torch.inference_mode():
         y = layer(x)
-    assert torch.equal(y, layer(x))
+    torch.testing.assert_close(y, layer(x))  # the processor's kernels, and plain PyTorch
 
 
 def test_packed_forward_is_asked_in_eval_mode_without_gradients_alone(monkeypatch):

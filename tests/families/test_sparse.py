@@ -1,0 +1,342 @@
+"""Models full of zeros: accelerate and quantize_ skip them, change no answer, and give everything back."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import bertkern as bk
+from bertkern import tuning
+from bertkern.families import layers_of
+from bertkern.nn import Form, Int8Linear, PackedLinear, SparseLinear
+
+from .test_accelerate import assert_same
+from .zoo import FAMILIES, inputs, make, padded
+
+FORMS = (Form("panels", 16, 1), Form("panels", 16, 4), Form("tokens", 1, 1), Form("tokens", 4, 4), Form("tokens", 2, 3))
+
+
+def pruned(name, share=0.8, dead=True):
+    """A model with scattered zeros, a dead head and dead and constant units."""
+    model = make(name)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for index, (_, layer, family) in enumerate(layers_of(model)):
+            parts = family.parts(layer)
+            query, key, value, out, ffn1, ffn2 = (getattr(*slot) for slot in parts.linears())
+            for linear in (query, key, value, out, ffn1, ffn2):
+                linear.weight[torch.rand(linear.weight.shape, generator=generator) < share] = 0
+            if dead and index == 1:
+                out.weight[:, :26] = 0
+                ffn2.weight[:, 5:20] = 0
+                ffn1.weight[40:50] = 0
+    return model
+
+
+@pytest.fixture
+def every_form(monkeypatch):
+    """Layers take the forms in turn, whatever is fastest here."""
+    made = []
+
+    def choose(weight, pack_dense, scale, times):
+        made.append(FORMS[len(made) % len(FORMS)])
+        return tuning.Choice(made[-1], {str(made[-1]): 0.5}, measured=True)
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    return made
+
+
+def linears(model, kind):
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", ["none", "trailing", "left"])
+def test_answers_in_every_form(family, padding, every_form):
+    model = pruned(family + "ForTokenClassification")
+    batch = padded(model, padding)
+    with torch.no_grad():
+        expected = model(**batch)
+        got = bk.accelerate(model)(**batch)
+    assert_same(expected, got, batch["attention_mask"])
+    assert not bk.report(model).fallbacks
+    assert len(linears(model, SparseLinear)) == len(every_form) >= 18
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_skips_zeros_with_the_bits_of_the_dense_kernels(family, every_form, monkeypatch):
+    model = pruned(family + "ForSequenceClassification")
+    dense = copy.deepcopy(model)
+    bk.quantize_(model)
+    assert {module.form for module in linears(model, Int8Linear)} == set(FORMS)
+    monkeypatch.setattr(tuning, "choose", lambda *_: tuning.Choice(tuning.DENSE))
+    bk.quantize_(dense)
+    batch = padded(model, "trailing")
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, dense(**batch).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_state_dicts_are_those_of_the_whole_dense_model(family, every_form, tmp_path):
+    model = pruned(family + "Model")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = inputs(model)
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+        accelerated = bk.accelerate(model)(**batch).last_hidden_state
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+        model.save_pretrained(tmp_path)
+        loaded = type(make(family + "Model")).from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(**batch).last_hidden_state, expected)
+
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(**batch).last_hidden_state, accelerated)
+
+        bk.restore(model)
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+    assert not linears(model, (SparseLinear, PackedLinear))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert [name for name, _ in model.named_parameters()] == [n for n, _ in make(family + "Model").named_parameters()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_weights_are_loaded(family, every_form):
+    model, other = pruned(family + "Model"), make(family + "Model")
+    batch = inputs(model)
+    with torch.no_grad():
+        bk.accelerate(model)
+        model.load_state_dict(other.state_dict())
+        assert_same(other(**batch), model(**batch), batch["attention_mask"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_models_keep_their_widths_in_files(family, tmp_path):
+    model = pruned(family + "ForSequenceClassification")
+    batch = padded(model, "trailing")
+    with torch.no_grad():
+        expected = bk.quantize_(model)(**batch).logits
+        model.save_pretrained(tmp_path)
+        loaded = type(make(family + "ForSequenceClassification")).from_pretrained(tmp_path)
+        assert torch.equal(loaded(**batch).logits, expected)
+        base = type(make(family + "Model")).from_pretrained(tmp_path)
+        got = [layer for layer in base.state_dict() if layer.endswith("weight_codes")]
+        assert {base.state_dict()[name].shape for name in got} == {
+            model.base_model.state_dict()[name].shape for name in got
+        }
+    assert 26 in {linear.out_features for linear in linears(loaded, Int8Linear)}
+
+
+def test_dequantize_gives_whole_matrices_back():
+    model = pruned("BertModel")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    bk.dequantize(bk.quantize_(model))
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
+
+
+def test_restore_after_quantizing_with_originals():
+    model = pruned("BertModel")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    bk.restore(bk.quantize_(model, bk.Int8Config(keep_original=True)))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("swap", [bk.accelerate, bk.quantize_])
+def test_models_under_torchs_pruning(swap, every_form):
+    model = make("BertForSequenceClassification")
+    for module in list(model.bert.encoder.modules()):
+        if isinstance(module, nn.Linear):
+            prune.l1_unstructured(module, "weight", 0.7)
+    names = list(model.state_dict())
+    batch = padded(model, "trailing")
+    with torch.no_grad():
+        expected = model(**batch).logits
+        got = swap(model)(**batch).logits
+        torch.testing.assert_close(got, expected, atol=2e-5 if swap is bk.accelerate else 0.3, rtol=1e-4)
+        assert not bk.report(model).fallbacks
+        assert not any(name.endswith("_mask") for name in model.state_dict())
+        if swap is bk.accelerate:
+            bk.restore(model)
+            assert list(model.state_dict()) == names
+            assert torch.equal(model(**batch).logits, expected)
+
+
+def test_training_goes_on_from_the_kept_blocks(every_form):
+    model = pruned("BertForSequenceClassification", dead=False)
+    twin = copy.deepcopy(model)
+    batch = {**padded(model, "trailing"), "labels": torch.tensor([0, 1, 1])}
+    bk.accelerate(model)
+    with pytest.warns(UserWarning, match=r"Make the optimizer after model.train\(\)"):
+        model.train()
+    twin.train()
+    for each in (model, twin):
+        for module in each.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        optimizer = torch.optim.SGD(each.parameters(), 0.1)
+        each(**batch).loss.backward()
+        optimizer.step()
+        each.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, twin(**batch).logits, atol=1e-4, rtol=1e-4)
+    assert linears(model, SparseLinear)
+
+
+def test_gradients_reach_the_input_in_eval_mode(every_form):
+    model = pruned("BertModel", dead=False)
+    twin = copy.deepcopy(model)
+    bk.accelerate(model)
+    embeds = torch.randn(2, 7, 52)
+    gradients = []
+    for each in (model, twin):
+        x = embeds.clone().requires_grad_()
+        each(inputs_embeds=x).last_hidden_state.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+
+
+def test_sparse_false_keeps_every_parameter():
+    model = pruned("BertModel")
+    names = [name for name, _ in model.named_parameters()]
+    bk.accelerate(model, sparse=False)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not linears(model, SparseLinear)
+
+
+def test_the_dense_weight_is_freed(every_form):
+    model = pruned("BertModel", share=0.95)
+    dense = sum(parameter.nbytes for parameter in model.encoder.parameters())
+    bk.accelerate(model)
+    kept = {id(t): t.nbytes for t in (*model.encoder.parameters(), *model.encoder.buffers())}
+    assert not any(name.endswith("dense.weight") for name, _ in model.encoder.named_parameters())
+    assert sum(kept.values()) < dense
+
+
+def test_half_precision_and_moves(every_form):
+    model = pruned("BertModel")
+    batch = inputs(model)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).bfloat16()(**batch).last_hidden_state
+        got = bk.accelerate(model).bfloat16()(**batch).last_hidden_state
+    torch.testing.assert_close(got, expected, atol=0.25, rtol=0.1)
+    assert all(module.values.dtype == torch.bfloat16 for module in linears(model, SparseLinear))
+
+
+def test_compiled(every_form):
+    model = pruned("BertModel")
+    batch = inputs(model)
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+        got = torch.compile(bk.accelerate(model), backend="aot_eager")(**batch).last_hidden_state
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
+
+
+def heavy(zeros, block=(16, 4)):
+    """A linear layer large enough for sparse forms to win by far."""
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 512)
+    rows, columns = 512 // block[0], 256 // block[1]
+    mask = (torch.rand(rows, columns) < zeros).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    with torch.no_grad():
+        linear.weight[mask] = 0
+    return nn.Sequential(linear).eval()
+
+
+def test_the_plan_finds_what_pays():
+    assert bk.plan_of(bk.accelerate(heavy(0.9))).layers["0"].form.layout in ("panels", "tokens")
+    assert bk.plan_of(bk.accelerate(heavy(0.0))).layers["0"] == tuning.Choice(tuning.DENSE)
+    assert bk.plan_of(bk.quantize_(heavy(0.5, (1, 1)))).layers["0"].form == tuning.DENSE
+
+
+def test_measured_times_are_kept_and_used_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
+    first = bk.plan_of(bk.accelerate(heavy(0.9)))
+    assert first.layers["0"].measured and list(tmp_path.glob("times-*.json"))
+    monkeypatch.setattr(tuning, "_share", lambda *_: pytest.fail("measured twice"))
+    assert bk.plan_of(bk.accelerate(heavy(0.9))) == first
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 9}', '{"version": 1, "machine": {}, "shares": {}}'])
+def test_a_damaged_file_of_times_is_made_anew(damage, monkeypatch, tmp_path):
+    monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
+    bk.accelerate(heavy(0.9))
+    (path,) = tmp_path.glob("times-*.json")
+    path.write_text(damage)
+    with pytest.warns(UserWarning, match="is made anew"):
+        assert bk.plan_of(bk.accelerate(heavy(0.9))).layers["0"].measured
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bk.accelerate(heavy(0.9))
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path / "file" / "below"))
+    assert bk.plan_of(bk.accelerate(heavy(0.9))).layers["0"].measured
+
+
+def test_without_measuring_a_cost_model_decides(monkeypatch):
+    monkeypatch.setattr(tuning, "_share", lambda *_: pytest.fail("measured"))
+    choice = bk.plan_of(bk.accelerate(heavy(0.9), measure=False)).layers["0"]
+    assert choice.form == Form("panels", 16, 1) and not choice.measured
+    assert bk.plan_of(bk.quantize_(heavy(0.9), measure=False)).layers["0"].form == Form("panels", 16, 4)
+
+
+def test_a_plan_is_saved_and_followed(tmp_path):
+    plan = tuning.Plan({"0": tuning.Choice(Form("tokens", 2, 8))})
+    plan.save(tmp_path / "plan.json")
+    for given in (plan, tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        model = bk.accelerate(heavy(0.9), plan=given)
+        assert model[0].form == Form("tokens", 2, 8)
+    assert bk.plan_of(model).layers["0"].form == Form("tokens", 2, 8)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"version": 2}', '{"version": 1, "machine": {}, "layers": {"0": {"form": "diagonal"}}}']
+)
+def test_a_damaged_plan_is_made_anew(text, tmp_path):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.warns(UserWarning, match="the plan is made anew"):
+        model = bk.accelerate(heavy(0.9), plan=tmp_path / "plan.json")
+    assert isinstance(model[0], SparseLinear)
+
+
+def test_a_plan_of_another_machine_or_no_plan_at_all():
+    other = tuning.Plan({"0": tuning.Choice(Form("tokens", 2, 8))}, {**tuning.machine(), "isa": "another"})
+    with pytest.warns(UserWarning, match="made with another isa"):
+        model = bk.accelerate(heavy(0.9), plan=other)
+    assert model[0].form != Form("tokens", 2, 8)
+    with pytest.warns(UserWarning, match="the plan is made anew"):
+        bk.accelerate(heavy(0.9), plan="nowhere.json")
+    with pytest.raises(TypeError, match=r"expected plan to be a Plan or the path of one. Got int"):
+        bk.accelerate(heavy(0.9), plan=3)
+    with pytest.raises(ValueError, match="expected an accelerated model"):
+        bk.plan_of(heavy(0.9))
+
+
+def test_tied_and_nan_weights():
+    model = make("BertForMaskedLM")
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[20:] = 0
+        model.bert.encoder.layer[0].intermediate.dense.weight[3:] = 0
+        model.bert.encoder.layer[0].intermediate.dense.weight[50, 3] = torch.nan
+    bk.accelerate(model)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    batch = inputs(model)
+    with torch.no_grad():
+        assert model(**batch).logits.isnan().all()
+
+
+def test_the_report_says_which_form_and_why():
+    model = bk.accelerate(heavy(0.9))
+    text = str(bk.report(model))
+    assert str(model[0].form) in text and "measured time, dense = 1:" in text
