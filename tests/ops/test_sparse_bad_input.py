@@ -148,7 +148,7 @@ def test_the_largest_sums():
 
 def test_what_a_person_calls():
     for bad in (WEIGHT, None, CODES):
-        with pytest.raises(ValueError, match="expected weight to be a BsrWeight or a CsrWeight. Got"):
+        with pytest.raises(ValueError, match=r"expected weight to be a BsrWeight or a CsrWeight\. Got"):
             ops.pack_sparse_linear(bad)
     for form in ("dense", 1, None):
         with pytest.raises(ValueError, match=r"expected form to be one of auto, panels, tokens. Got"):

@@ -129,7 +129,7 @@ void write_vectors(const LinearHeader& header, const int32_t* sums, const float*
     }
     tail += 3 * np * 4;
   }
-  if (bias) std::memcpy(tail, bias, static_cast<size_t>(n) * 4);
+  if (bias && n) std::memcpy(tail, bias, static_cast<size_t>(n) * 4);
 }
 
 }  // namespace
@@ -345,8 +345,9 @@ void each_dword(const Linear& linear, See&& see) {
 }  // namespace
 
 void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias) {
+  if (linear.n == 0) return;
   const int64_t bytes = value_bytes(linear.kind), per_dword = values_per_dword(linear.kind);
-  std::memset(weight, 0, static_cast<size_t>(linear.n * linear.k * bytes));
+  if (linear.k > 0) std::memset(weight, 0, static_cast<size_t>(linear.n * linear.k * bytes));
   each_dword(linear, [&](int64_t n, int64_t d, uint32_t dword) {
     if (n < linear.n)
       std::memcpy(static_cast<char*>(weight) + n * linear.k * bytes + d * 4, &dword,

@@ -61,10 +61,17 @@ BK_INLINE void token_steps(const uint32_t* const (&a)[V], const uint16_t* index,
   }
   for (int64_t i = 0; i < count; ++i, weights += R) {
     const int64_t offset = static_cast<int64_t>(index[i]) * (kTokens * Dot::kPlanes);
-    if (R == 1) {
-      const typename Dot::Vec w = Dot::splat(weights[0]);
+    // Rows wait in registers while the features pass; but where a row takes two of them, the fewer weights wait.
+    if (R == 1 || (R < V && sizeof(typename Dot::Act) > sizeof(vf))) {
+      typename Dot::Vec w[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) w[r] = Dot::splat(weights[r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) Dot::step(acc[0][v], Dot::rows(a[v] + offset, kTokens), w);
+      for (int v = 0; v < V; ++v) {
+        const typename Dot::Act x = Dot::rows(a[v] + offset, kTokens);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) Dot::step(acc[r][v], x, w[r]);
+      }
     } else {
       typename Dot::Act x[V];
 #pragma GCC unroll 8
