@@ -91,9 +91,7 @@ def kernel_loops(path: Path):
         name = KERNELS.search(text.partition("\n")[0])
         if not name:
             continue
-        code = [
-            (int(at, 16), what.strip()) for at, what in re.findall(r"^\s*([0-9a-f]+):\s+(.*)$", text, re.MULTILINE)
-        ]
+        code = [(int(at, 16), what.strip()) for at, what in re.findall(r"^\s*([0-9a-f]+):\s+(.*)$", text, re.MULTILINE)]
         jumps = [(re.match(r"j\w+\s+([0-9a-f]+)\b", what), at) for at, what in code]
         spans = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) <= at]
         framed = any(re.match(r"mov\s+%rsp,%rbp", what) for _, what in code)

@@ -69,16 +69,15 @@ def test_sparse_linear(block, form, backend):
 
     def plain(weight):
         def run(x, residual):
-            return reference.gelu(torch.nn.functional.linear(x, weight.double(), bias.double())) + residual.view(3, 5, 35)
+            y = torch.nn.functional.linear(x, weight.double(), bias.double())
+            return reference.gelu(y) + residual.view(3, 5, 35)
 
         return run
 
     check(lambda x, residual: op.linear(x, packed, 35, 1, residual), plain(weight), [x, residual], backend)
     # The weight that it was made from gets a dense gradient: where it is zero, too.
     offset = bias.clone()
-    check(
-        lambda x, w, b: op.linear_from(x, packed, w, b), torch.nn.functional.linear, [x, weight, offset], backend
-    )
+    check(lambda x, w, b: op.linear_from(x, packed, w, b), torch.nn.functional.linear, [x, weight, offset], backend)
     codes = quantize_weight(weight)
     packed = ops.pack_sparse_linear(BsrWeight.from_dense(codes.codes, block), codes.scale, bias, form=form)
     leaf, twin = x.clone().requires_grad_(), x.double().requires_grad_()

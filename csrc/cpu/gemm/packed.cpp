@@ -75,7 +75,9 @@ bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
 
 bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   LinearHeader header;
-  if (bytes < static_cast<int64_t>(sizeof header)) return false;
+  // A slice of other bytes may lie anywhere; what pack_* made is aligned to 64.
+  if (bytes < static_cast<int64_t>(sizeof header) || reinterpret_cast<uintptr_t>(data) % alignof(LinearHeader))
+    return false;
   std::memcpy(&header, data, sizeof header);
   if (header.magic != kLinearMagic || header.check != check_of(header) || header.kind < 0 || header.kind > 2)
     return false;
