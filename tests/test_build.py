@@ -80,6 +80,54 @@ def test_levels_share_no_code(objects):
     assert not shared, f"put these into an anonymous namespace, or keep them out of the ISA files: {shared}"
 
 
+DOTS = re.compile(r"^(vpdpbusd|vdpbf16ps|vfmadd\d+ps|vpmaddwd)\b")
+# Kernels of csrc/cpu/gemm by name, dot and numbers: rows, or R and V.
+KERNELS = re.compile(r"::(tile|sparse_tile|tokens|token_panel)<[^<>]*::(Dot_\w+)((?:, \d+)+)>\(")
+
+
+def kernel_loops(path: Path):
+    """Yields (kernel, dot, sizes, instructions) of every innermost loop with dot products."""
+    for text in output("objdump", "-d", "-C", "--no-show-raw-insn", path).split("\n\n"):
+        name = KERNELS.search(text.partition("\n")[0])
+        if not name:
+            continue
+        code = [(int(at, 16), what.strip()) for at, what in re.findall(r"^\s*([0-9a-f]+):\s+(.*)$", text, re.MULTILINE)]
+        jumps = [(re.match(r"j\w+\s+([0-9a-f]+)\b", what), at) for at, what in code]
+        spans = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) <= at]
+        framed = any(re.match(r"mov\s+%rsp,%rbp", what) for _, what in code)
+        for first, last in spans:
+            if any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans):
+                continue
+            body = [what for at, what in code if first <= at <= last]
+            if any(DOTS.match(what) for what in body):
+                sizes = tuple(map(int, name[3].split(",")[1:]))
+                # Without a frame %rbp is a register like others.
+                yield name[1], name[2], sizes, [what.replace("(%rbp", "(%rsp") if framed else what for what in body]
+
+
+@needs_x86
+@needs_tool("objdump")
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_no_product_goes_through_the_stack(level, objects):
+    """Accumulators stay in registers from the first to the last step of K, in every tile, dense and sparse: a compiler
+    that spills one of them halves the speed, and no other test would tell."""
+    (path,) = [path for path in objects if level_of(path) == level and path.parent.name == "gemm"]
+    loops = list(kernel_loops(path))
+    for kernel, dot, sizes, body in loops:
+        traffic = [what for what in body if "(%rsp" in what]
+        assert not traffic, f"{level} {kernel}<{dot}, {sizes}>: {traffic}"
+    # All kernels were found: of 14 rows dense and sparse (both halves, then either), of tokens R x V.
+    counts: dict[tuple, list[int]] = {}
+    for kernel, dot, sizes, body in loops:
+        counts.setdefault((kernel, dot, sizes), []).append(sum(bool(DOTS.match(what)) for what in body))
+    if level in ("avx512vnni", "avx512bf16"):
+        assert counts["tile", "Dot_vnni", (14,)] == [28]
+        assert sorted(counts["sparse_tile", "Dot_vnni", (14,)]) == [14, 14, 28]
+        assert counts["token_panel", "Dot_vnni", (1, 8)] == [8]
+        assert counts["token_panel", "Dot_vnni", (2, 8)] == counts["token_panel", "Dot_vnni", (4, 4)] == [16]
+    assert {kernel for kernel, *_ in counts} == {"tile", "sparse_tile", "tokens", "token_panel"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ELF")
 @needs_tool("readelf")
 def test_operators_tie_to_no_python():

@@ -10,6 +10,7 @@ HERE = LEVELS[: LEVELS.index(ops.cpu_isa())]  # the active one is what the other
 HASH = """
 import hashlib, torch
 from bertkern import ops
+from bertkern.formats import BsrWeight
 generator = torch.Generator().manual_seed(0)
 digest = hashlib.sha256()
 for m, k, n in ((1, 5, 3), (17, 768, 65), (29, 833, 96), (14, 3072, 32)):
@@ -19,16 +20,24 @@ for m, k, n in ((1, 5, 3), (17, 768, 65), (29, 833, 96), (14, 3072, 32)):
     packed = ops.pack_qlinear(weight, torch.ones(1))
     digest.update(ops.qgemm(codes, torch.ones(1), 77, packed, n).numpy().tobytes())
     digest.update(ops.qgemm((codes.int() - 128).to(torch.int8), torch.ones(1), 0, packed, n).numpy().tobytes())
+    for block, form in (((1, 1), "tokens"), ((2, 4), "tokens"), ((4, 1), "tokens"), ((16, 4), "panels")):
+        kept = torch.rand(-(-n // block[0]), -(-k // block[1]), generator=generator) < 0.4
+        mask = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:n, :k]
+        blocks = BsrWeight.from_dense(weight * mask, block)
+        packed = ops.pack_sparse_linear(blocks, torch.ones(1), form=form)
+        digest.update(ops.qgemm(codes, torch.ones(1), 77, packed, n).numpy().tobytes())
 print(digest.hexdigest())
 """
 
 
+FILES = [f"tests/ops/test_{name}.py" for name in ("linear", "encoder", "sparse")]
+
+
 @pytest.mark.parametrize("isa", HERE)
 def test_operators(isa, run_python):
-    result = run_python(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_linear.py", "tests/ops/test_encoder.py"],
-        BERTKERN_CPU_ISA=isa,
-    )
+    # What tracing makes of an operator has nothing to do with its kernels.
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-k", "not opcheck and not traced"]
+    result = run_python(arguments, BERTKERN_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout[-3000:]
 
 

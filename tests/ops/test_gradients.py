@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bertkern import ops
+from bertkern.formats import BsrWeight, CsrWeight
 from bertkern.formats.int8 import quantize_weight
 from tests import reference
 
@@ -54,6 +55,34 @@ def test_linear(backend, activation):
     leaf, twin = x.clone().requires_grad_(), x.double().requires_grad_()
     op.linear(leaf, packed, 7, activation, residual).sum().backward()
     plain(twin, residual.double()).sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), twin.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ("panels", "tokens"))
+@pytest.mark.parametrize("block", ((1, 1), (4, 4), (16, 4)))
+def test_sparse_linear(block, form, backend):
+    x, bias, residual = random(3, 5, 13), random(35, seed=2), random(15, 35, seed=3)
+    kept = random(-(-35 // block[0]), -(-13 // block[1]), seed=4) > 0
+    weight = random(35, 13, seed=1) * kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:35, :13]
+    packed = ops.pack_sparse_linear(BsrWeight.from_dense(weight, block), None, bias, form=form)
+
+    def plain(weight):
+        def run(x, residual):
+            y = torch.nn.functional.linear(x, weight.double(), bias.double())
+            return reference.gelu(y) + residual.view(3, 5, 35)
+
+        return run
+
+    check(lambda x, residual: op.linear(x, packed, 35, 1, residual), plain(weight), [x, residual], backend)
+    # The weight that it was made from gets a dense gradient: where it is zero, too.
+    offset = bias.clone()
+    check(lambda x, w, b: op.linear_from(x, packed, w, b), torch.nn.functional.linear, [x, weight, offset], backend)
+    codes = quantize_weight(weight)
+    packed = ops.pack_sparse_linear(BsrWeight.from_dense(codes.codes, block), codes.scale, bias, form=form)
+    leaf, twin = x.clone().requires_grad_(), x.double().requires_grad_()
+    op.linear(leaf, packed, 35, 1, residual).sum().backward()
+    plain(codes.codes * codes.scale[:, None])(twin, residual.double()).sum().backward()
     torch.testing.assert_close(leaf.grad.double(), twin.grad, atol=1e-4, rtol=1e-4)
 
 
@@ -136,7 +165,10 @@ def test_encoder(backend, empty_attends, keep_padding, states):
 def test_encoder_for_inputs_and_norms_alone(backend):
     x, norms = random(2, 9, 12), random(1, 4, 12, seed=3)
     weights = [random(n, k, seed=i) / 3 for i, (n, k) in enumerate([(12, 12)] * 4 + [(10, 12), (12, 10)])]
+    weights[1::2] = [weight * (weight > 0.1) for weight in weights[1::2]]
     packed = [ops.pack_linear(weight) for weight in weights]
+    for i, form in ((1, "tokens"), (3, "panels"), (5, "tokens")):
+        packed[i] = ops.pack_sparse_linear(CsrWeight.from_dense(weights[i]), form=form)
     linears = [reference.dense(weight) for weight in weights]
     check(
         lambda x, norms: op.encoder(x, None, None, packed, norms, [3], 1, 1e-5),

@@ -72,7 +72,9 @@ bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
 
 bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   LinearHeader header;
-  if (bytes < static_cast<int64_t>(sizeof header)) return false;
+  // A slice of other bytes may lie anywhere; what pack_* made is aligned to 64.
+  if (bytes < static_cast<int64_t>(sizeof header) || reinterpret_cast<uintptr_t>(data) % alignof(LinearHeader))
+    return false;
   std::memcpy(&header, data, sizeof header);
   if (header.magic != kLinearMagic || header.check != check_of(header) || header.kind < 0 || header.kind > 2)
     return false;
@@ -126,7 +128,7 @@ void write_vectors(const LinearHeader& header, const int32_t* sums, const float*
     }
     tail += 3 * np * 4;
   }
-  if (bias) std::memcpy(tail, bias, static_cast<size_t>(n) * 4);
+  if (bias && n) std::memcpy(tail, bias, static_cast<size_t>(n) * 4);
 }
 
 }  // namespace
@@ -339,8 +341,9 @@ void each_dword(const Linear& linear, See&& see) {
 }  // namespace
 
 void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias) {
+  if (linear.n == 0) return;
   const int64_t bytes = value_bytes(linear.kind), per_dword = values_per_dword(linear.kind);
-  std::memset(weight, 0, static_cast<size_t>(linear.n * linear.k * bytes));
+  if (linear.k > 0) std::memset(weight, 0, static_cast<size_t>(linear.n * linear.k * bytes));
   each_dword(linear, [&](int64_t n, int64_t d, uint32_t dword) {
     if (n < linear.n)
       std::memcpy(static_cast<char*>(weight) + n * linear.k * bytes + d * 4, &dword,

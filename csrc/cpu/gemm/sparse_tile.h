@@ -68,10 +68,17 @@ template <class Dot, int R, int V>
 BK_INLINE void token_step(typename Dot::Acc (&acc)[R][V], const uint32_t* const (&a)[V], uint16_t index,
                           const uint32_t* weights) {
   const int64_t offset = static_cast<int64_t>(index) * (kTokens * Dot::kPlanes);
-  if (R == 1) {
-    const typename Dot::Vec w = Dot::splat(weights[0]);
+  // Rows wait in registers while the features pass; but where a row takes two of them, the fewer weights wait.
+  if (R == 1 || (R < V && sizeof(typename Dot::Act) > sizeof(vf))) {
+    typename Dot::Vec w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) w[r] = Dot::splat(weights[r]);
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) Dot::step(acc[0][v], Dot::rows(a[v] + offset, kTokens), w);
+    for (int v = 0; v < V; ++v) {
+      const typename Dot::Act x = Dot::rows(a[v] + offset, kTokens);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) Dot::step(acc[r][v], x, w[r]);
+    }
   } else {
     typename Dot::Act x[V];
 #pragma GCC unroll 8
@@ -105,7 +112,7 @@ void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const Toke
     return TokenList{b.index + e, b.weights + e * R, b.begin[n / R + 1] - e};
   };
   // Two lists at a time where one alone has too few sums under way to hide the latency of a step.
-  constexpr int kLists = R * V <= 4 ? 2 : 1;
+  constexpr int kLists = kWidth == 16 && R * V <= 4 ? 2 : 1;
   for (int64_t n = 0; n < kPanel; n += R * kLists) {
     const TokenList x = list(n), y = list(kLists == 2 ? n + R : n);
     typename Dot::Acc xs[R][V], ys[R][V];
