@@ -87,10 +87,10 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
   const bool known =
-      header.layout == 0   ? features == 0 && entries == 0 && dwords == np * kd
-      : header.layout == 1 ? features == 0 && dwords >= entries * kHalfPanel && dwords <= entries * kPanel
-                           : header.layout == 2 && (features == 1 || features == 2 || features == 4) &&
-                                 dwords == entries * features;
+      header.layout == 0 ? features == 0 && entries == 0 && dwords == np * kd
+      : header.layout == 1
+          ? features == 0 && dwords >= entries * kHalfPanel && dwords <= entries * kPanel
+          : header.layout == 2 && (features == 1 || features == 2 || features == 4) && dwords == entries * features;
   if (!known || (header.layout && kd > kSparseDwords) || bytes != packed_bytes(header)) return false;
   linear.kind = kind, linear.layout = static_cast<Layout>(header.layout);
   linear.features = header.features, linear.chunks = chunk_count(kd);
@@ -190,7 +190,8 @@ class Panel {
     }
   }
 
-  // Whether any of `count` features from `feature` on has a nonzero in dword `d`. A negative zero is none.
+  // Whether any of `count` features from `feature` on has a nonzero in dword `d`. A stored negative zero counts, so its
+  // sign stays.
   bool any(int64_t d, int64_t feature, int64_t count) const {
     const uint32_t* row = dwords_.data() + d * kPanel + feature;
     for (int64_t f = 0; f < count; ++f)
