@@ -19,8 +19,7 @@ namespace bertkern::cpu {
 
 constexpr uint32_t kLinearMagic = 0x314b4c42;  // "BLK1"
 constexpr int32_t kSignedZero = 128;           // zero point of signed codes stored as u8
-
-constexpr int64_t kSparseDwords = 65536;  // of K that sparse weights can list: uint16 tells them apart
+constexpr int64_t kSparseDwords = 65536;       // of K that sparse weights can list: uint16 tells them apart
 
 enum class Layout : int32_t { dense = 0, panels = 1, tokens = 2 };
 

@@ -187,7 +187,8 @@ class Panel {
     }
   }
 
-  // Whether any of `count` features from `feature` on has a nonzero in dword `d`. A negative zero is none.
+  // Whether any of `count` features from `feature` on has a nonzero in dword `d`. A stored negative zero counts, so its
+  // sign stays.
   bool any(int64_t d, int64_t feature, int64_t count) const {
     const uint32_t* row = dwords_.data() + d * kPanel + feature;
     for (int64_t f = 0; f < count; ++f)
