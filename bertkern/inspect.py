@@ -16,6 +16,7 @@ from .nn import Int8Embedding, Int8Linear
 from .nn.int8 import finite
 from .reports import INT8, Report, Row, float_name, general, table
 from .swap import family_tables
+from .tuning import cost
 
 # Blocks, as rows x columns, whose density stands in every row; the best block is sought among all powers of two.
 BLOCKS = (
@@ -280,9 +281,7 @@ def inspect(model: nn.Module) -> Inspection:
 def estimate(densities: Mapping[str, float], dtype: str) -> float:
     """The time of a linear layer by the best of bertkern's kernels, as a share of its dense one: 1 where dense is best.
 
-    A cost model to be replaced by measurement wherever there can be one. It is fitted to prototypes on one AVX-512
-    machine at 128 tokens: 16x4 blocks cost their share and 3 % more; single fp32 weights 1.5 times their share and 5 %;
-    1x4 blocks in int8, into which scattered weights fill up too, 1.9 times their share and 1 %.
+    The cost model of `tuning`, which `accelerate` replaces by measurement.
 
     Args:
         densities: of blocks "16x4", "1x4" and "1x1", as in `Matrix.densities`.
@@ -290,16 +289,12 @@ def estimate(densities: Mapping[str, float], dtype: str) -> float:
 
     Example:
         >>> estimate({"16x4": 0.2, "1x4": 0.2, "1x1": 0.2}, "int8")
-        0.23
+        0.24
     """
-    blocks = densities["16x4"] + 0.03
-    if dtype == "int8":
-        single = 1.9 * densities["1x4"] + 0.01
-    elif dtype == "fp32":
-        single = 1.5 * densities["1x1"] + 0.05
-    else:
+    if dtype not in ("fp32", "int8"):
         raise ValueError(f"estimate: expected dtype fp32 or int8. Got {dtype!r}.")
-    return min(1.0, blocks, single)
+    single = densities["1x4" if dtype == "int8" else "1x1"]
+    return min(1.0, cost("panels", 16, densities["16x4"]), cost("tokens", 1, single))
 
 
 class _Blocks:

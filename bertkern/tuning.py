@@ -30,6 +30,8 @@ ROWS = (16, 128)
 MARGIN = 0.98
 # Fewer zeros are not worth a look: break-even lies near 5 %.
 LEAST_ZEROS = 0.03
+# Forms that the cost model puts beyond this share are not timed.
+_HOPELESS = 1.05
 _PER_DWORD = {torch.int8: 4, torch.bfloat16: 2}
 # Features that share a pattern, by layout, and the cost model: time as a share of the dense kernel's, fixed part and
 # slope over the density of their micro-blocks. Fitted on one AVX-512 machine at 128 rows.
@@ -181,6 +183,17 @@ def choose(weight: Tensor, pack_dense: Callable[[], Tensor], scale: Tensor | Non
     return _fastest(list(forms), shares, measured=True)
 
 
+def cost(layout: str, features: int, density: float) -> float:
+    """The time of a sparse form as a share of the dense one's, by the cost model.
+
+    Args:
+        layout, features: "panels" with 16 features that share a pattern, or "tokens" with 1 or 4.
+        density: of blocks of so many features and one step of the kernel along K: 4 int8 codes, 2 bf16 or 1 fp32.
+    """
+    fixed, slope = _COSTS[layout, features]
+    return fixed + slope * density
+
+
 def candidates(weight: Tensor) -> dict[Form, tuple[float, float]]:
     """The sparse forms that might be faster than the dense one, with their density and estimated share of its time.
 
@@ -191,12 +204,12 @@ def candidates(weight: Tensor) -> dict[Form, tuple[float, float]]:
         return {}
     per = _PER_DWORD.get(weight.dtype, 1)
     found = {}
-    for (layout, rows), (fixed, slope) in _COSTS.items():
+    for layout, rows in _COSTS:
         density = _density(nonzero, rows, per)
-        cost = fixed + slope * density
-        if cost < 1.05:
+        share = cost(layout, rows, density)
+        if share < _HOPELESS:
             block = _storage(nonzero, rows, per, density) if layout == "panels" else (rows, per)
-            found[Form(layout, *block)] = (density, min(1.0, cost))
+            found[Form(layout, *block)] = (density, min(1.0, share))
     return found
 
 
