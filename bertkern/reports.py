@@ -84,7 +84,12 @@ def report(model: nn.Module) -> Report:
             runs = f"{INT8} static" if static else INT8
             if isinstance(module, Int8Linear) and module.form.layout != "dense":
                 runs = f"{runs}, {module.form}"
-            rows.append(Row(name, kind, tuple(module.weight_codes.shape), runs, str(forms.get(name, ""))))
+            shape = (
+                (module.out_features, module.in_features)
+                if isinstance(module, Int8Linear)
+                else (module.num_embeddings, module.embedding_dim)
+            )
+            rows.append(Row(name, kind, shape, runs, str(forms.get(name, ""))))
         elif isinstance(module, SparseLinear):
             runs = f"{float_name(module)}, {module.form}"
             rows.append(Row(name, kind, (module.out_features, module.in_features), runs, str(forms.get(name, ""))))

@@ -95,13 +95,12 @@ def accelerate(
             record.left[choice.name] = choice.reason
     for name, module in quantized.items():
         # Now, because torch.compile must find the packed weights when it traces.
-        if isinstance(module, Int8Linear) and module.weight_codes.device.type == "cpu":
+        if isinstance(module, Int8Linear) and module.weight_scale.device.type == "cpu":
             record.forms[name] = _form(name, module, known, times, shared)
-            if module.form != record.forms[name].form:
-                module.form = record.forms[name].form
-                module.stale()
+            codes = module.weight_codes
+            module.take_form(record.forms[name].form)
             module.packed()
-            mapped.release(module.weight_codes)  # the kernels read the packed copy
+            mapped.release(codes)  # the kernels read the packed copy
     if times is not None:
         times.save()
     _fuse(model, record, keep_padding)
@@ -394,13 +393,17 @@ def _form(
     name: str, module: nn.Module, known: tuning.Plan | None, times: tuning.Times | None, shared: set[int]
 ) -> tuning.Choice:
     """In which form the layer `name` is to run."""
+    if (
+        isinstance(module, (Int8Linear, SparseLinear))
+        and module.form != DENSE
+        and (known is None or name not in known.layers)
+    ):
+        return tuning.Choice(module.form)
     weight = module.weight_codes if isinstance(module, Int8Linear) else module.weight
     if weight.device.type != "cpu" or weight.data_ptr() in shared:
         return tuning.Choice(DENSE)
     if known is not None and name in known.layers:
         return known.layers[name]
-    if isinstance(module, SparseLinear):
-        return tuning.Choice(module.form)
     if isinstance(module, Int8Linear):
         codes, scale, bias = weight.detach(), module.weight_scale, module.bias
         return tuning.choose(codes, lambda: pack_qlinear(codes, scale, bias), scale, times)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,8 @@ class Int8Linear(PackedCache, _Int8Weight):
         input_zero_point: int32 scalar; not 0: static activations are uint8, x = (u - zero point) * step.
         output_scale: fp32 scalar; not 0: the output is rounded to int8 of this step (Q8BERT).
 
-    Training mode, other devices and gradients use the dequantized weight and leave activations as they are.
+    Training mode, other devices and gradients use the dequantized weight and leave activations as they are. With a
+    sparse `form` the codes are held as their nonzero blocks; `weight_codes` and the state dict are dense all the same.
 
     Example:
         >>> layer = Int8Linear.from_linear(nn.Linear(64, 32), Int8Config())
@@ -123,7 +125,6 @@ class Int8Linear(PackedCache, _Int8Weight):
 
     # The float module that this one replaces, in a tuple to stand outside the module tree.
     original: tuple[nn.Linear] | None = None
-    # In which the kernels take the codes.
     form: Form = DENSE
 
     def __init__(
@@ -207,6 +208,50 @@ class Int8Linear(PackedCache, _Int8Weight):
             output_scale=output_scale,
         )
 
+    def take_form(self, form: Form) -> None:
+        """Holds the codes, and has the kernels take them, in another form; the results keep their bits."""
+        if form == self.form:
+            return
+        codes = self.weight_codes
+        for name in BsrWeight.TENSORS:
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        self._buffers.pop("weight_codes", None)
+        self.form = form
+        if form == DENSE:
+            # First again, as in the state dict.
+            others = list(self._buffers.items())
+            self._buffers.clear()
+            self._buffers.update({"weight_codes": codes, **dict(others)})
+        else:
+            for name, tensor in BsrWeight.from_dense(codes, (form.rows, form.columns)).tensors().items():
+                self.register_buffer(name, tensor, persistent=False)
+        self.stale()
+
+    def blocks(self) -> BsrWeight:
+        """The codes as a sparse form holds them."""
+        get = self._buffers.__getitem__
+        return BsrWeight(get("crow"), get("col"), get("values"), (self.out_features, self.in_features))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight_codes" and "values" in self._buffers:
+            return self.blocks().to_dense()
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if self.form != DENSE:
+            destination[prefix + "weight_codes"] = self.weight_codes
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        form = self.form
+        if prefix + "weight_codes" in state_dict:
+            self.take_form(DENSE)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if form != self.form:
+            self.take_form(form)
+            self._repack()
+
     def share(self, table: "Int8Embedding") -> None:
         """Makes the codes and scales those of `table`, whose rows are this weight; the state dict then holds them once.
 
@@ -233,7 +278,7 @@ class Int8Linear(PackedCache, _Int8Weight):
     def _sources(self) -> tuple[Tensor | None, ...]:
         get = self._buffers.__getitem__
         return (
-            get("weight_codes"),
+            get("weight_codes" if self.form == DENSE else "values"),
             get("weight_scale"),
             get("bias"),
             get("input_scale"),
@@ -245,8 +290,7 @@ class Int8Linear(PackedCache, _Int8Weight):
         codes, scale, bias, step, zero, out = self._sources()
         static = float(step), int(zero), float(out)
         if self.form != DENSE:
-            blocks = BsrWeight.from_dense(codes, (self.form.rows, self.form.columns))
-            return pack_blocks(blocks, self.form, scale, bias, *static)
+            return pack_blocks(self.blocks(), self.form, scale, bias, *static)
         return torch.ops.bertkern.pack_qlinear.default(codes.contiguous(), scale, bias, *static)
 
     def _plain(self, x: Tensor) -> Tensor:

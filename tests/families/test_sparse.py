@@ -218,6 +218,27 @@ def test_the_dense_weight_is_freed(every_form):
     assert sum(kept.values()) < dense
 
 
+def test_dense_codes_are_freed_and_written(every_form):
+    model = bk.quantize_(pruned("BertModel", share=0.95))
+    for module in linears(model, Int8Linear)[:18]:
+        assert module.form in FORMS and "weight_codes" not in dict(module.named_buffers())
+        assert module.weight_codes.shape == (module.out_features, module.in_features)
+        assert next(iter(module.state_dict())) == "weight_codes"
+    twin = pruned("BertModel", share=0.95)
+    with torch.no_grad():
+        for linear in linears(twin, nn.Linear):
+            linear.weight[linear.weight != 0] += 0.1
+    bk.quantize_(twin)
+    batch = inputs(model)
+    with torch.no_grad():
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(twin(**batch).last_hidden_state, model(**batch).last_hidden_state)
+        expected = model(**batch).last_hidden_state
+        for module in linears(model, Int8Linear):
+            module.take_form(tuning.DENSE)
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+
+
 def test_half_precision_and_moves(every_form):
     model = pruned("BertModel")
     batch = inputs(model)
