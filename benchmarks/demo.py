@@ -18,7 +18,7 @@ import numpy as np
 
 from . import engines, fetch, peak
 from .encoder import OURS, REFERENCE, check, start
-from .harness import Worker, WorkerError, ratio, take_turns
+from .harness import Python, Worker, WorkerError, ratio, take_turns
 from .results import Run
 
 ENGINES = (REFERENCE, "torch-int8", OURS)
@@ -86,7 +86,7 @@ def run(
     threads: int = 2,
     rounds: int = 7,
     seconds: float = 0.2,
-    python: str | None = None,
+    python: Python = None,
     report: Callable[[str], None] = lambda text: None,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Run:
@@ -104,7 +104,7 @@ def run(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         probe_worker = stack.enter_context(Worker("probe", threads, python))
-        workers, opened, absent = start(specs, "model", threads, python, stack, model=str(folder))
+        workers, opened, absent = start(specs, "model", threads, python, stack, lambda _: {"model": str(folder)})
         run = Run(f"demo-minilm-{threads}t", peak.cpu_model(), peak.isa(), threads, absent=absent)
         run.facts = {"model": "all-MiniLM-L6-v2", "pairs": len(pairs), "rounds": rounds}
         for spec, reason in absent.items():

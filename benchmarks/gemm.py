@@ -18,7 +18,7 @@ from typing import Any
 
 from . import peak
 from .encoder import check, precision, rivals, start
-from .harness import Samples, Worker, WorkerError, ratio, take_turns
+from .harness import Python, Samples, Worker, WorkerError, ratio, take_turns
 from .results import Run
 
 ROWS = "1,7,16,32,128,1024"
@@ -27,7 +27,20 @@ EPILOGUES = "fp32,bf16,gelu+q8"
 PROVIDERS = "bertkern-kernel,bertkern-int8,bertkern-linear,torch-int8,torch-bf16,torch-fp32"
 REFERENCE = "torch-fp32"
 AXIS = "M x N x K, epilogue"
+ROUNDS = 15
 PAUSE_S = 0.005  # one thread spins for nobody
+
+
+def parse_specs(text: str) -> list[str]:
+    """`bertkern-int8,torch-fp32@avx2` as a list."""
+    return text.split(",")
+
+
+def parse_rows(text: str) -> list[int]:
+    """`1,128` as numbers of rows. Raises ValueError."""
+    if not all(part.isdigit() and int(part) for part in text.split(",")):
+        raise ValueError(f"rows: expected whole numbers of at least 1, like 1,128. Got {text!r}.")
+    return [int(part) for part in text.split(",")]
 
 
 def parse_layers(text: str) -> list[tuple[int, int]]:
@@ -50,6 +63,15 @@ def parse_epilogues(text: str) -> list[str]:
     return chosen
 
 
+# What the command line may set: its name there, the argument of `run`, how its text is read.
+OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "engines": ("specs", parse_specs),
+    "rows": ("rows", parse_rows),
+    "layers": ("layers", parse_layers),
+    "epilogues": ("epilogues", parse_epilogues),
+}
+
+
 def last_level_cache() -> int:
     """Bytes of the largest cache that the kernel lists for core 0; 32 MiB where it lists none."""
     sizes = [32 << 20]
@@ -66,7 +88,7 @@ def run(
     epilogues: Sequence[str] = tuple(EPILOGUES.split(",")),
     rounds: int = 7,
     seconds: float = 0.05,
-    python: str | None = None,
+    python: Python = None,
     report: Callable[[str], None] = lambda text: None,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Run:

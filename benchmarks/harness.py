@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PAUSE_S = 0.05  # long enough for the spinning idle threads of every engine tried to go to sleep
 PROBE_TOLERANCE = 0.04  # a turn counts if the probes around it are within this share of the best probe of the run
@@ -35,6 +36,45 @@ ISA_VARIABLES = {
 }
 
 
+Python = Mapping[str, str] | str | None  # interpreters of the engines, see `interpreter`
+
+
+class Spec(NamedTuple):
+    """An engine as a user asks for it, `NAME[@ISA][:PATTERN]`: `torch-fp32@avx2`, `bertkern-int8:16x4@0.8`."""
+
+    name: str
+    isa: str
+    pattern: str
+
+    @staticmethod
+    def parse(text: str) -> Spec:
+        engine, _, pattern = text.partition(":")
+        name, _, isa = engine.partition("@")
+        return Spec(name, isa, pattern)
+
+
+def parse_python(options: Sequence[str] | None) -> dict[str, str]:
+    """`PATH` and `NAME=PATH` options as interpreters by the beginning of an engine's name, "" for all others.
+
+    Raises ValueError for one that is not there.
+    """
+    found = {}
+    for option in options or ():
+        name, equals, path = option.rpartition("=")
+        if shutil.which(path) is None or (equals and not name):
+            raise ValueError(f"python: expected an interpreter, PATH or NAME=PATH. Got {option!r}.")
+        found[name] = path
+    return found
+
+
+def interpreter(python: Python, name: str) -> str:
+    """The interpreter of an engine: of `parse_python`'s mapping the longest beginning of its name that is there."""
+    if not isinstance(python, Mapping):
+        return python or sys.executable
+    fits = [key for key in python if name.startswith(key)]
+    return python[max(fits, key=len)] if fits else sys.executable
+
+
 class WorkerError(RuntimeError):
     """An engine failed; the message is the worker's own, followed by the last lines it printed."""
 
@@ -43,16 +83,16 @@ class Worker:
     """One engine in a process of its own.
 
     Args:
-        spec: an engine's name, or `NAME@ISA` to cap the instruction set where the engine's library can be capped.
+        spec: see `Spec`; an ISA caps the instruction set where the engine's library can be capped.
         threads: threads that the engine may use.
-        python: the interpreter that has the engine's packages. Default: this one.
+        python: the interpreter that has the engine's packages, or several, see `interpreter`. Default: this one.
 
     Example: `with Worker("torch-fp32", threads=2) as w: w.ask("open", model=...); w.ask("turn", seconds=0.2)["ms"]`
     """
 
-    def __init__(self, spec: str, threads: int, python: str | None = None):
+    def __init__(self, spec: str, threads: int, python: Python = None):
         self.spec = spec
-        self.name, _, isa = spec.partition("@")
+        self.name, isa, _ = Spec.parse(spec)
         if isa and isa not in ISA_VARIABLES:
             raise ValueError(f"engine {spec!r}: expected an ISA of {', '.join(ISA_VARIABLES)}. Got {isa!r}.")
         self.threads = threads
@@ -65,7 +105,7 @@ class Worker:
         env["PYTHONPATH"] = os.pathsep.join(p for p in (str(root), env.get("PYTHONPATH", "")) if p)
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [python or sys.executable, "-m", f"{package}.worker"],
+            [interpreter(python, self.name), "-m", f"{package}.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from . import peak
-from .harness import Worker
+from .harness import Python, Worker
 from .models import SEED
 from .results import Run
 
 AXIS = "moment"
+ROUNDS = 1
+OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {}
 # The ways to an int8 model, and what they start from.
 WAYS = {
     "quantize_": "float weights in memory",
@@ -81,7 +83,7 @@ def measure(way: str, folder: str) -> dict[str, Any]:
 
 
 def run(
-    python: str | None = None,
+    python: Python = None,
     report: Callable[[str], None] = lambda text: None,
     tick: Callable[[str, int, int], None] | None = None,
     **_: Any,

@@ -28,12 +28,12 @@ def _host() -> Any:
     return _host
 
 
-def int8_peak(threads: int) -> float | None:
-    """The int8 register peak of `threads` threads together, GMAC/s; None without bertkern's host module."""
+def registers(threads: int, precision: str = "int8") -> float | None:
+    """The register peak of `threads` threads together in int8, bf16 or fp32, GMAC/s; None without the host module."""
     host = _host()
     if host is None:
         return None
-    return float(host.peak("int8", threads))
+    return float(host.peak(precision, threads))
 
 
 def read(threads: int, megabytes: int = 512) -> float:

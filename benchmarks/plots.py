@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import Run
-from .tables import facts_line, milliseconds
+from .tables import SparsePoint, facts_line, milliseconds
 
 OURS, THEIRS, INK, MUTED, GRID = "#d1495b", "#8d99ae", "#22262e", "#6b7280", "#e5e7eb"
 
@@ -30,8 +30,8 @@ def save(run: Run, path: Path) -> Path:
     if not run.rows:
         raise ValueError(f"{run.name}: nothing was measured, so there is nothing to draw.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw = {"encoder": _latency, "gemm": _gemm, "demo": _demo, "memory": _memory}[run.name.partition("-")[0]]
-    figure = draw(run, _pyplot())
+    draw = {"encoder": _latency, "gemm": _gemm, "sparse": _sparse, "demo": _demo, "memory": _memory}
+    figure = draw[run.name.partition("-")[0]](run, _pyplot())
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
     return path
 
@@ -115,6 +115,54 @@ def _gemm(run: Run, plt: Any) -> Any:
     what = "share of the int8 peak" if metric == "share_of_peak" else "milliseconds"
     _headline(figure, run, f"One linear layer, {provider}: {what}")
     return figure
+
+
+def _sparse(run: Run, plt: Any) -> Any:
+    """One panel a data type, layer and M: speed-up over zeros, one line a block shape; rivals dashed."""
+    lines: dict[tuple[str, str], dict[tuple[str, str], list[tuple[float, float]]]] = {}
+    for row in run.rows:
+        slow, _, fast = row.provider.partition(" / ")
+        if row.metric == "ratio" and slow == f"bertkern-{fast.rpartition('-')[2]}":
+            point = SparsePoint.parse(row.x_value)
+            panel = lines.setdefault((slow, point.layer), {})
+            panel.setdefault((fast, point.block), []).append((point.zeros, row.median))
+    if not lines:
+        raise ValueError(f"{run.name}: no sparse kernel was measured beside the dense one of its data type.")
+    blocks = list(dict.fromkeys(block for panel in lines.values() for _, block in panel))
+    shades = plt.get_cmap("viridis")([i / max(1, len(blocks)) for i in range(len(blocks))])
+    colors = dict(zip(blocks, shades, strict=True))
+    columns = min(4, len(lines))
+    height = -(-len(lines) // columns)
+    figure, grid = plt.subplots(height, columns, figsize=(3.6 * columns, 3.2 * height), squeeze=False)
+    for axes in grid.flat[len(lines) :]:
+        axes.remove()
+    rivals = [p for p in dict.fromkeys(p for panel in lines.values() for p, _ in panel) if not p.startswith("bertkern")]
+    dashes = dict(zip(rivals, ("--", ":", "-."), strict=False))
+    for axes, ((slow, layer), panel) in zip(grid.flat, lines.items(), strict=False):
+        for (fast, block), points in panel.items():
+            zeros, gains = zip(*sorted(points), strict=True)
+            style = {"ls": dashes[fast], "lw": 0.9} if fast in dashes else {"marker": "o", "ms": 3, "lw": 1.4}
+            axes.plot(zeros, gains, color=colors[block], **style)
+        _speed_up_axes(axes, [gain for points in panel.values() for _, gain in points])
+        axes.set_title(f"{slow.rpartition('-')[2]}, {layer}", loc="left", fontsize=10)
+    keys = [plt.Line2D([], [], color=colors[block], marker="o", ms=3, label=block) for block in blocks]
+    keys += [plt.Line2D([], [], color=MUTED, ls=style, label=name) for name, style in dashes.items()]
+    figure.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.0, 0.93), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    _headline(figure, run, "One linear layer (M x N x K): times our dense kernel of the data type, over zeros")
+    return figure
+
+
+def _speed_up_axes(axes: Any, gains: list[float]) -> None:
+    axes.axhline(1.0, color=INK, linewidth=0.8)
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(max(0.06, min([0.5, *gains])), max([2.0, *gains]) * 1.25)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("zeros")
+    axes.grid(color=GRID, linewidth=0.8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def _demo(run: Run, plt: Any) -> Any:

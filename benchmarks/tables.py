@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .harness import quantile
 from .results import Row, Run
 
 
 def render(run: Run) -> Group:
     """The run's facts and its tables, best of each column in bold."""
-    draw = {"encoder": _encoder, "gemm": _gemm, "demo": _demo, "memory": _memory}.get(
+    draw = {"encoder": _encoder, "gemm": _gemm, "sparse": _sparse, "demo": _demo, "memory": _memory}.get(
         run.name.partition("-")[0], _encoder
     )
     parts: list[RenderableType] = [Text(facts_line(run), style="dim")]
@@ -72,6 +75,7 @@ def _encoder(run: Run) -> list[tuple[str, Table]]:
     for metric, title, form in (
         ("ratio", "times faster, by pairs of turns", "{:.2f}x"),
         ("share_of_peak", "share of the int8 peak (linear layers alone)", "{:.0%}"),
+        ("time_share", "share of the same engine's time on the whole model", "{:.1%}"),
     ):
         if not run.providers(metric):
             continue
@@ -79,6 +83,9 @@ def _encoder(run: Run) -> list[tuple[str, Table]]:
         for name in run.providers(metric):
             found = [run.find(name, metric, x) for x in shapes]
             table.add_row(name, *(form.format(row.median) if row else "" for row in found))
+        if metric == "time_share":
+            kept = {row.config["model"]: row.config["kept"] for row in run.rows if row.metric == metric}
+            title += "; multiply-adds kept: " + ", ".join(f"{name} {share:.1%}" for name, share in kept.items())
         tables.append((title, table))
     checks = _table("", *shapes)
     for name in names:
@@ -99,6 +106,74 @@ def _gemm(run: Run) -> list[tuple[str, Table]]:
             cells.append(Text.assemble(milliseconds(row.median), "\n", (note, "dim")) if row else "")
         table.add_row(x.replace(" ", "\n", 1), *cells)
     return [("milliseconds: median; under it the share of the int8 peak, or GB/s with cold weights at M=1", table)]
+
+
+def _sparse(run: Run) -> list[tuple[str, Table]]:
+    """A table a layer and number of rows, one line a provider and block, and the break-even of all of them."""
+    points = [SparsePoint.parse(x) for x in run.x_values("latency_ms")]
+    tables = []
+    for layer in dict.fromkeys(point.layer for point in points):
+        here = [point for point in points if point.layer == layer]
+        zeros = sorted({point.zeros for point in here})
+        table = _table("", "block", *(f"{z:.0%} zeros" for z in zeros))
+        blocks = list(dict.fromkeys(point.block for point in here))
+        for name in run.providers("latency_ms"):
+            found = {block: [run.find(name, "latency_ms", f"{layer} {block}@{z:g}") for z in zeros] for block in blocks}
+            if not any(run.find(f"bertkern-{name.rpartition('-')[2]} / {name}", "ratio", str(p)) for p in here):
+                # A dense kernel: blocks are all the same to it.
+                columns = [[row for row in rows if row] for rows in zip(*found.values(), strict=True)]
+                times = [quantile([row.median for row in rows], 0.5) if rows else None for rows in columns]
+                table.add_row(name, "any", *(milliseconds(time) if time else "" for time in times))
+                continue
+            for block, rows in found.items():
+                gains = [_gain(run, name, f"{layer} {block}@{z:g}") for z in zeros]
+                if any(rows):
+                    cells = zip(rows, gains, strict=True)
+                    table.add_row(
+                        name,
+                        block,
+                        *(Text.assemble(milliseconds(r.median), (f" {g}", "dim")) if r else "" for r, g in cells),
+                    )
+        tables.append((f"{layer} (M x N x K), milliseconds, and times our dense kernel of the data type", table))
+    if run.providers("break_even"):
+        layers, blocks = (list(dict.fromkeys(getattr(point, part) for point in points)) for part in ("layer", "block"))
+        table = _table("slow / fast", "block", *layers)
+        for name in run.providers("break_even"):
+            for block in blocks:
+                rows = [run.find(name, "break_even", f"{layer} {block}") for layer in layers]
+                if any(rows):
+                    table.add_row(name, block, *(share_of_zeros(row) if row else "-" for row in rows))
+        tables.append(("break-even: zeros from which on the fast one stays ahead; -: nowhere in the sweep", table))
+    return tables
+
+
+@dataclass(frozen=True)
+class SparsePoint:
+    """A point of the sparse benchmark's axis: `128x3072x768 16x4@0.8`."""
+
+    layer: str
+    block: str
+    zeros: float
+
+    def __str__(self) -> str:
+        return f"{self.layer} {self.block}@{self.zeros:g}"
+
+    @staticmethod
+    def parse(x_value: str) -> SparsePoint:
+        layer, _, pattern = x_value.partition(" ")
+        block, _, zeros = pattern.partition("@")
+        return SparsePoint(layer, block, float(zeros))
+
+
+def _gain(run: Run, name: str, x: str) -> str:
+    """How many times faster than our dense kernel a sparse one is; empty for dense ones."""
+    row = run.find(f"bertkern-{name.rpartition('-')[2]} / {name}", "ratio", x)
+    return f"{row.median:.{2 if row.median < 10 else 1}f}x" if row else ""
+
+
+def share_of_zeros(row: Row) -> str:
+    """A break-even in percent; `<=` where the kernel is ahead from the start of the sweep."""
+    return ("<= " if row.median == row.config["from"] > 0 else "") + f"{row.median:.0%}"
 
 
 def _demo(run: Run) -> list[tuple[str, Table]]:

@@ -28,11 +28,16 @@ class Session:
         self.engine = engines.create(engine, **options)
         return {"versions": self.engine.versions(), "notes": self.engine.notes}
 
-    def make_model(self, folder: str, seed: int) -> dict[str, Any]:
-        """Writes the random model, so that the parent never has to load torch."""
-        from .models import write_random_bert
+    def make_model(
+        self, folder: str, seed: int, source: str | None = None, pattern: str | None = None
+    ) -> dict[str, Any]:
+        """Writes the random model, or the one in `source` pruned, so that the parent never has to load torch."""
+        from .models import write_pruned, write_random_bert
 
-        write_random_bert(folder, seed)
+        if source is None:
+            write_random_bert(folder, seed)
+        else:
+            write_pruned(source, folder, pattern, seed)
         return {}
 
     def prepare(self, **case: Any) -> dict[str, Any]:
@@ -79,9 +84,9 @@ class Session:
         """How undisturbed the machine is right now, see `peak.quiet`."""
         return {"quiet": peak.quiet(threads)}
 
-    def peak(self, threads: int) -> dict[str, Any]:
-        """The int8 peak of this process, GMAC/s, or None."""
-        return {"peak": peak.int8_peak(threads)}
+    def peak(self, threads: int, precision: str = "int8") -> dict[str, Any]:
+        """The register peak of this process, GMAC/s, or None."""
+        return {"peak": peak.registers(threads, precision)}
 
     def read(self, threads: int) -> dict[str, Any]:
         """The memory's read bandwidth, GB/s."""

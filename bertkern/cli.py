@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 ENGINES_HELP = """\
 engines (columns of the table; one that is not installed is reported as absent):
   bertkern-int8  bertkern-fp32  torch-fp32  torch-bf16  torch-int8  torchao-int8  onnxruntime-fp32
-  onnxruntime-int8  ctranslate2-int8  openvino-bf16  openvino-int8; for gemm: bertkern-kernel
-  bertkern-int8  bertkern-linear  torch-int8  torch-bf16  torch-fp32. NAME@avx2 caps an engine's instruction set.
+  onnxruntime-int8  ctranslate2-int8  openvino-bf16  openvino-int8  deepsparse-fp32  deepsparse-int8;
+  for gemm: bertkern-kernel  bertkern-int8  bertkern-linear  torch-int8  torch-bf16  torch-fp32;
+  for sparse: bertkern-sparse-int8  bertkern-int8  onnxruntime-int8  bertkern-sparse-fp32  bertkern-fp32
+  torch-fp32  torch-csr-fp32  torch-bsr-fp32  scipy-csr-fp32  bertkern-sparse-bf16  bertkern-bf16  torch-bf16.
+NAME@avx2 caps an engine's instruction set; NAME:16x4@0.8 gives it a pruned model, NAME:dense the whole one.
 """
 
+BENCH_OPTIONS = ("engines", "pattern", "shapes", "rows", "layers", "epilogues", "blocks", "zeros", "dtypes")
 SCALES = "a scale for each output (per_channel, the default) or for each layer (per_tensor)"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -215,25 +219,48 @@ def _add_bench(add: Callable[..., Any]) -> None:
             "bench encoder --engines bertkern-int8,torch-int8,onnxruntime-int8 --shapes 1x32,8x128",
             "bench encoder --model minilm --shapes 1x16 --threads 1 --plot latency.png",
             "bench gemm --rows 1,128 --layers 3072x768 --json gemm.json",
+            "bench sparse --rows 128 --blocks 1x1,16x4,32x32 --zeros 0,0.5,0.8,0.9 --dtypes int8 --out results",
             "bench memory",
         )
         + f"\n\n{ENGINES_HELP}",
     )
     sub.add_argument(
-        "what", nargs="?", choices=("encoder", "gemm", "memory"), default="encoder", help="default: %(default)s"
+        "what",
+        nargs="?",
+        choices=("encoder", "gemm", "sparse", "memory"),
+        default="encoder",
+        help="default: %(default)s",
     )
     sub.add_argument("--engines", help="comma-separated; default: bertkern and torch")
-    sub.add_argument("--model", default="bert-base", help="encoder: bert-base (random weights), minilm, or a folder")
+    sub.add_argument(
+        "--model", default="bert-base", help="encoder: bert-base or bert-base-d26 (random weights), minilm, a folder"
+    )
+    sub.add_argument(
+        "--pattern",
+        help="encoder: zeros of the weights that every engine gets: 16x4@0.8, 1x1@0.9, d26, dense (default); "
+        "NAME:PATTERN sets that of one engine",
+    )
     sub.add_argument("--shapes", help="encoder: BATCHxTOKENS, with :SHARE for padding; default 1x16 ... 3x77")
-    sub.add_argument("--rows", help="gemm: rows M; default 1,7,16,32,128,1024")
-    sub.add_argument("--layers", help="gemm: OUTxIN; default BERT-base's and odd ones")
+    sub.add_argument("--rows", help="gemm, sparse: rows M; default 1,7,16,32,128,1024; sparse 1,128")
+    sub.add_argument(
+        "--layers", help="gemm, sparse: OUTxIN; default BERT-base's and odd ones; sparse the feed-forward's"
+    )
     sub.add_argument("--epilogues", help="gemm: of fp32,bf16,gelu+q8; default all")
+    sub.add_argument("--blocks", help="sparse: ROWSxCOLUMNS, 1x1 is unstructured; default 1x1,1x4,16x4,32x32")
+    sub.add_argument("--zeros", help="sparse: shares from 0 to 1; default 0,0.1,0.5,0.75,0.8,0.9,0.95")
+    sub.add_argument("--dtypes", help="sparse: of int8,fp32,bf16; default int8,fp32")
     sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or alone to the screen")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="write JSON, CSV and PNG there")
     sub.add_argument("--name", help="added to the names of the files in --out")
-    sub.add_argument("--python", help="interpreter that runs the engines; default: this one")
-    _timing_arguments(sub, rounds=15)
+    sub.add_argument(
+        "--python",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="interpreter that runs the engines, or those whose names begin with NAME; may be repeated; "
+        "default: this one",
+    )
+    _timing_arguments(sub, rounds=None)
 
 
 def _examples(*lines: str) -> str:
@@ -244,10 +271,11 @@ def _model_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", help="folder with a config.json, or a name on the Hugging Face hub")
 
 
-def _timing_arguments(sub: argparse.ArgumentParser, rounds: int) -> None:
+def _timing_arguments(sub: argparse.ArgumentParser, rounds: int | None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sub.add_argument("--threads", type=_positive, default=cores, help="default: the cores at hand, %(default)s")
-    sub.add_argument("--rounds", type=_positive, default=rounds, help="turns of each engine; default: %(default)s")
+    default = rounds or "15, sparse 5"
+    sub.add_argument("--rounds", type=_positive, default=rounds, help=f"turns of each engine; default: {default}")
 
 
 def _positive(text: str) -> int:
@@ -523,28 +551,20 @@ def _has_one_of(source: str, names: Iterable[str]) -> bool:
 def bench(arguments: argparse.Namespace) -> None:
     """Runs a benchmark and shows, saves and draws its rows."""
     module = _benchmarks(arguments.what)
-    options: dict[str, Any] = {"rounds": arguments.rounds, "python": arguments.python, "report": _news}
-    if arguments.engines:
-        options["specs"] = arguments.engines.split(",")
-    others = {"encoder": ("rows", "layers", "epilogues"), "gemm": ("shapes",)}
-    for name in others.get(arguments.what, ("rows", "layers", "epilogues", "shapes", "engines")):
-        if getattr(arguments, name):
+    options: dict[str, Any] = {"rounds": arguments.rounds or module.ROUNDS, "report": _news}
+    for name in BENCH_OPTIONS:
+        if getattr(arguments, name) and name not in module.OPTIONS:
             raise UsageError(f"bench {arguments.what}: --{name} belongs to another benchmark.")
+    if arguments.what == "encoder":
+        options |= {"model": arguments.model, "threads": arguments.threads}
     try:
-        if arguments.what == "encoder":
-            options |= {"model": arguments.model, "threads": arguments.threads}
-            if arguments.shapes:
-                options["shapes"] = module.parse_shapes(arguments.shapes)
-        elif arguments.what == "gemm":
-            if arguments.rows:
-                options["rows"] = [_positive(m) for m in arguments.rows.split(",")]
-            if arguments.layers:
-                options["layers"] = module.parse_layers(arguments.layers)
-            if arguments.epilogues:
-                options["epilogues"] = module.parse_epilogues(arguments.epilogues)
+        options["python"] = _benchmarks("harness").parse_python(arguments.python)
+        for name, (argument, read) in module.OPTIONS.items():
+            if getattr(arguments, name):
+                options[argument] = read(getattr(arguments, name))
         with _progress() as tick:
             run = module.run(**options, tick=tick)
-    except (ValueError, argparse.ArgumentTypeError) as error:
+    except ValueError as error:
         raise UsageError(error) from error
     if arguments.name:
         run.name += f"-{arguments.name}"

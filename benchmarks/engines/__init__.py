@@ -53,7 +53,25 @@ LINEARS = _table(
     ("torch-bf16", "linear:TorchBf16", "torch", "bf16", "F.linear"),
 )
 
-ALL = {f"model/{k}": v for k, v in MODELS.items()} | {f"linear/{k}": v for k, v in LINEARS.items()}
+# Providers of one linear layer whose weights are partly zero: `bench sparse`.
+SPARSES = _table(
+    ("bertkern-sparse-int8", "sparse:SparseInt8", "torch bertkern", "int8", "qgemm on packed blocks, timed inside"),
+    ("bertkern-int8", "sparse:DenseInt8", "torch bertkern", "int8", "qgemm on dense weights, timed inside"),
+    ("onnxruntime-int8", "sparse:OnnxRuntimeInt8", "torch onnx onnxruntime", "int8",
+     "dense, quantizes its fp32 input itself"),
+    ("bertkern-sparse-fp32", "sparse:SparseFp32", "torch bertkern", "fp32", "linear on packed blocks"),
+    ("bertkern-fp32", "sparse:DenseFp32", "torch bertkern", "fp32", "linear on dense weights"),
+    ("torch-fp32", "sparse:TorchFp32", "torch", "fp32", "F.linear on dense weights"),
+    ("torch-csr-fp32", "sparse:TorchCsr", "torch", "fp32", "torch.sparse_csr, weight first; unstructured zeros"),
+    ("torch-bsr-fp32", "sparse:TorchBsr", "torch", "fp32", "torch.sparse_bsr, weight first; square blocks"),
+    ("scipy-csr-fp32", "sparse:ScipyCsr", "torch scipy", "fp32", "scipy.sparse, weight first; unstructured zeros"),
+    ("bertkern-sparse-bf16", "sparse:SparseBf16", "torch bertkern", "bf16", "linear on packed blocks"),
+    ("bertkern-bf16", "sparse:DenseBf16", "torch bertkern", "bf16", "linear on dense weights"),
+    ("torch-bf16", "sparse:TorchBf16", "torch", "bf16", "F.linear on dense weights"),
+)  # fmt: skip
+
+FAMILIES = {"model": MODELS, "linear": LINEARS, "sparse": SPARSES}
+ALL = {f"{family}/{name}": entry for family, table in FAMILIES.items() for name, entry in table.items()}
 
 # An engine whose outputs are further than this from fp32 torch is not timed. The floors tell wrong from right, no more:
 # on the random tokens of the encoder benchmark, whole-tensor int8 is coarse (the tables print each engine's SQNR).
@@ -103,7 +121,7 @@ def missing(key: str) -> str | None:
 
 
 def create(key: str, **options: Any) -> Engine:
-    """Makes an engine from its key, `model/NAME` or `linear/NAME`."""
+    """Makes an engine from its key, `FAMILY/NAME`."""
     module, _, cls = ALL[key].target.partition(":")
     return getattr(importlib.import_module(f".{module}_engine", __package__), cls)(**options)
 

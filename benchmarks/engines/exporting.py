@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoModel
 
 from ..fetch import cache_dir
+from ..models import PATTERN_FILE, fingerprint
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUTS = ("hidden", "pooled")
@@ -28,11 +30,20 @@ class Positional(torch.nn.Module):
         return out.last_hidden_state, out.pooler_output
 
 
+def load_model(folder: str, **options: Any) -> torch.nn.Module:
+    """The fp32 model of a folder, in eval mode; without the heads and units that d26 zeroed, as its users have it."""
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    file = Path(folder) / PATTERN_FILE
+    if file.exists() and file.read_text().strip() == "d26":
+        from bertkern.shrink import shrink
+
+        shrink(model)
+    return model
+
+
 def artifacts(folder: str, library: str) -> Path:
     """A folder of the cache for what `library` ("name-version") makes of a model; another one if the model changes."""
     model = Path(folder).resolve()
-    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(model.iterdir()) if f.is_file()]
-    key = hashlib.sha256(repr((str(model), state)).encode()).hexdigest()[:12]
-    path = cache_dir() / "bench" / f"{model.name}-{key}" / library
+    path = cache_dir() / "bench" / f"{model.name}-{fingerprint(model)}" / library
     path.mkdir(parents=True, exist_ok=True)
     return path

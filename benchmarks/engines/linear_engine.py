@@ -14,6 +14,14 @@ from . import Engine
 EPILOGUES = ("fp32", "bf16", "gelu+q8")  # bias + fp32 out, bias + bf16 out, bias + GELU + requantization by row
 
 
+def draw(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [m, k], weight [n, k] and bias [n], fp32: the same in every process."""
+    rng = np.random.default_rng(m * 7919 + n * 31 + k)
+    x = torch.from_numpy(rng.standard_normal((m, k), np.float32))
+    weight = torch.from_numpy(rng.standard_normal((n, k), np.float32)) * 0.05
+    return x, weight, torch.from_numpy(rng.standard_normal(n, np.float32))
+
+
 class Linear(Engine):
     """Base: data, rotation over copies of the weight, and the fp32 formula.
 
@@ -32,10 +40,7 @@ class Linear(Engine):
         """M rows, weight [n, k]; `copies` > 1 rotates over as many weights, so that none is in a cache when used."""
         if epilogue not in self.epilogues:
             raise ValueError(f"has no epilogue {epilogue!r}")
-        rng = np.random.default_rng(m * 7919 + n * 31 + k)
-        x = torch.from_numpy(rng.standard_normal((m, k), np.float32))
-        weight = torch.from_numpy(rng.standard_normal((n, k), np.float32)) * 0.05
-        bias = torch.from_numpy(rng.standard_normal(n, np.float32))
+        x, weight, bias = draw(m, n, k)
         self.n, self.epilogue, self.next = n, epilogue, 0
         self.input = self.feed(x)
         self.packed = [self.pack(weight.clone(), bias) for _ in range(copies)]

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import torch
-from transformers import AutoModel
 
-from .exporting import INPUTS, OUTPUTS, Positional, artifacts
+from .exporting import INPUTS, OUTPUTS, Positional, artifacts, load_model
 from .torch_engine import ModelEngine
 
 
 def export(folder: str, target: Path) -> None:
     """Writes the model as ONNX. Attention is traced in its eager form: the one that the optimizer recognises."""
-    model = Positional(AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval())
+    model = Positional(load_model(folder, attn_implementation="eager"))
     ids = torch.ones(2, 8, dtype=torch.int64)
     axes = {name: {0: "batch", 1: "length"} for name in (*INPUTS, "hidden")} | {"pooled": {0: "batch"}}
     torch.onnx.export(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import openvino as ov
 import torch
-from transformers import AutoModel
 
-from .exporting import INPUTS, Positional, artifacts
+from .exporting import INPUTS, Positional, artifacts, load_model
 from .torch_engine import ModelEngine
 
 
@@ -28,7 +27,7 @@ class Bf16(ModelEngine):
         """Converts once; later runs read the file beside the model."""
         target = artifacts(folder, f"openvino-{ov.__version__.split('-')[0]}") / "model.xml"
         if not target.exists():
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+            model = load_model(folder, attn_implementation="eager")
             ids = torch.ones(2, 8, dtype=torch.int64)
             graph = ov.convert_model(Positional(model), example_input=(ids, ids, ids * 0))
             for port, name in zip(graph.inputs, INPUTS, strict=True):

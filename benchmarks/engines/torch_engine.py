@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel
 
 from . import Engine
+from .exporting import load_model
 
 
 def load_batches(path: str) -> list[dict[str, np.ndarray]]:
@@ -76,7 +76,7 @@ class Eager(ModelEngine):
     """The model as transformers loads it; the reference of every other engine."""
 
     def load(self, folder: str) -> None:
-        self.model = self.change(AutoModel.from_pretrained(folder, dtype=torch.float32).eval())
+        self.model = self.change(load_model(folder))
 
     def change(self, model: torch.nn.Module) -> Any:
         return model
