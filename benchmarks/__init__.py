@@ -2,6 +2,7 @@
 
     python -m bertkern bench encoder     BERT-base end to end, any engines as columns
     python -m bertkern bench gemm        one linear layer, one thread, as a share of the processor's own peak
+    python -m bertkern bench sparse      the same with zeros in its weight: speed-up over density, and the break-even
     python -m bertkern demo              a real sentence encoder on a real test set: accuracy, speed, size
 
 How a number comes about (`harness.py`): every engine lives in a process of its own; the engines take turns with a pause

@@ -179,8 +179,8 @@ def run(
     Returns: rows with metrics latency_ms, ratio (how many times faster than each rival bertkern is), share_of_peak,
         time_share (of the same engine's time on the whole model).
     """
-    if model.endswith("-d26"):
-        model, pattern = model.removesuffix("-d26"), "d26"
+    if model == "bert-base-d26":
+        model, pattern = "bert-base", "d26"
         specs = [*specs, *(f"{spec}:dense" for spec in specs if not Spec.parse(spec).pattern)]
     patterns = {spec: models.parse_pattern(Spec.parse(spec).pattern or pattern) for spec in specs}
     with ExitStack() as stack:

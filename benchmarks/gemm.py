@@ -38,8 +38,9 @@ def parse_specs(text: str) -> list[str]:
 
 def parse_rows(text: str) -> list[int]:
     """`1,128` as numbers of rows. Raises ValueError."""
-    if not all(part.isdigit() and int(part) for part in text.split(",")):
-        raise ValueError(f"rows: expected whole numbers of at least 1, like 1,128. Got {text!r}.")
+    for part in text.split(","):
+        if not part.isdigit() or not int(part):
+            raise ValueError(f"rows: expected a whole number of at least 1. Got {part!r}.")
     return [int(part) for part in text.split(",")]
 
 

@@ -13,21 +13,23 @@ import sys
 from pathlib import Path
 
 from .results import Run, load
-from .tables import facts_line, milliseconds
+from .tables import SparsePoint, facts_line, milliseconds, share_of_zeros
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
-ENCODER, DEMO = "encoder-bert-base-2t", "demo-minilm-2t"
+ENCODER, DEMO, SPARSE = "encoder-bert-base-2t", "demo-minilm-2t", "sparse-1t"
 EMPTY = "*Not measured yet: `benchmarks/campaign.sh` measures and fills this.*"
 
 
 def table(results: Path) -> str:
-    """The Markdown between the markers: BERT-base's latency, and what the demo measured."""
+    """The Markdown between the markers: BERT-base's latency, what the demo measured, what skipping zeros gains."""
     parts = []
     if (results / f"{ENCODER}.json").exists():
         parts.append(_encoder(load(results / f"{ENCODER}.json")))
     if (results / f"{DEMO}.json").exists():
         parts.append(_demo(load(results / f"{DEMO}.json")))
+    if (results / f"{SPARSE}.json").exists():
+        parts.append(_sparse(load(results / f"{SPARSE}.json")))
     return "\n\n".join(parts) or EMPTY
 
 
@@ -76,6 +78,30 @@ def _demo(run: Run) -> str:
         rows.append(row + [f"{rate.median:,.0f}" if rate else "-" for rate in rates])
     header = ["all-MiniLM-L6-v2", "Spearman, STS-B test", "MB", *(f"sentences/s, {x} at a time" for x in calls)]
     return _markdown(header, rows)
+
+
+def _sparse(run: Run) -> str:
+    """Times faster than dense of ours over zeros, and the break-even, of one layer; unstructured fp32 beside rivals."""
+    points = [SparsePoint.parse(x) for x in run.x_values("latency_ms")]
+    layers = list(dict.fromkeys(point.layer for point in points))
+    layer = next((name for name in layers if name.startswith("128x")), layers[0])
+    zeros = sorted({point.zeros for point in points})
+    rows = []
+    for pair in run.providers("ratio"):
+        slow, _, fast = pair.partition(" / ")
+        own = slow == f"bertkern-{fast.rpartition('-')[2]}"
+        if not fast.startswith("bertkern") or (slow.endswith("-int8") and not own):
+            continue
+        for block in dict.fromkeys(point.block for point in points):
+            found = [run.find(pair, "ratio", f"{layer} {block}@{z:g}") for z in zeros]
+            if any(found) and (own or (fast.endswith("-fp32") and block == "1x1")):
+                at = run.find(pair, "break_even", f"{layer} {block}")
+                name = f"**{fast}** {block}" if own else f"{fast} {block}, times {slow}"
+                gains = (f"{row.median:.2f}x" if row else "-" for row in found)
+                rows.append([name, *gains, share_of_zeros(at) if at else "-"])
+    header = [f"{layer} (M x N x K): times dense of ours, at zeros", *(f"{z:.0%}" for z in zeros), "ahead from"]
+    text = _markdown(header, rows)
+    return f"{text}\n\nMedians of {run.facts['rounds']} interleaved turns; {facts_line(run)}."
 
 
 def insert(readme: str, text: str) -> str:

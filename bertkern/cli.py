@@ -247,7 +247,7 @@ def _add_bench(add: Callable[..., Any]) -> None:
     )
     sub.add_argument("--epilogues", help="gemm: of fp32,bf16,gelu+q8; default all")
     sub.add_argument("--blocks", help="sparse: ROWSxCOLUMNS, 1x1 is unstructured; default 1x1,1x4,16x4,32x32")
-    sub.add_argument("--zeros", help="sparse: shares from 0 to 1; default 0,0.1,0.5,0.75,0.8,0.9,0.95")
+    sub.add_argument("--zeros", help="sparse: shares from 0 to 1; default 0,0.1,0.5,0.75,0.8,0.9")
     sub.add_argument("--dtypes", help="sparse: of int8,fp32,bf16; default int8,fp32")
     sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or alone to the screen")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")

@@ -41,6 +41,9 @@ MODELS = _table(
     ("ctranslate2-int8", "ctranslate2:Int8", "torch transformers ctranslate2", "int8", "encoder, compute_type int8"),
     ("openvino-bf16", "openvino:Bf16", "torch transformers openvino", "bf16", "latency hint"),
     ("openvino-int8", "openvino:Int8", "torch transformers openvino nncf", "int8", "NNCF post-training, static ranges"),
+    ("deepsparse-fp32", "deepsparse:Fp32", "torch transformers onnx deepsparse", "fp32", "skips zeros"),
+    ("deepsparse-int8", "deepsparse:Int8", "torch transformers onnx onnxruntime deepsparse", "int8",
+     "skips zeros; QLinearMatMul, static ranges"),
 )  # fmt: skip
 
 # Providers of one linear layer: `bench gemm`.

@@ -15,7 +15,7 @@ from ..patterns import Pattern
 from . import linear_engine
 from .linear_engine import Linear, draw
 
-MOST_COPIES = 4096
+MOST_COPIES = 1024  # of weights so small that more of them would only take time to make
 
 
 class Zeros(Linear):
@@ -253,29 +253,37 @@ class OnnxRuntimeInt8(Zeros):
         return {"x": x.numpy()}
 
     def canonical(self, weight: torch.Tensor) -> torch.Tensor:
+        self.model = None
         return weight.t().contiguous()
 
     def pack(self, canonical: torch.Tensor, bias: torch.Tensor) -> Any:
+        import onnxruntime as ort
+
+        self.model = self.model or self.quantized(canonical, bias)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = ort.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
+        return session, canonical.numel()
+
+    def quantized(self, weight: torch.Tensor, bias: torch.Tensor) -> bytes:
+        """The model as a file's bytes; weight [k, n]."""
         import tempfile
         from pathlib import Path
 
-        import onnxruntime as ort
         from onnx import TensorProto, helper, numpy_helper, save
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        k, n = canonical.shape
-        weights = [numpy_helper.from_array(canonical.numpy(), "w"), numpy_helper.from_array(bias.numpy(), "b")]
+        k, n = weight.shape
+        weights = [numpy_helper.from_array(weight.numpy(), "w"), numpy_helper.from_array(bias.numpy(), "b")]
         nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])]
         ends = [helper.make_tensor_value_info(*end) for end in (("x", 1, ["m", k]), ("y", TensorProto.FLOAT, ["m", n]))]
         graph = helper.make_graph(nodes, "linear", ends[:1], ends[1:], weights)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
             save(model, source)
             quantize_dynamic(str(source), str(target), per_channel=True, weight_type=QuantType.QInt8)
-            return ort.InferenceSession(str(target), options, providers=["CPUExecutionProvider"]), k * n
+            return target.read_bytes()
 
     def size(self, packed: Any) -> int:
         return packed[1]
