@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from .results import Run, load
+from .sparse import skips
 from .tables import SparsePoint, facts_line, milliseconds, share_of_zeros
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +99,8 @@ def _sparse(run: Run) -> str:
                 at = run.find(pair, "break_even", f"{layer} {block}")
                 name = f"**{fast}** {block}" if own else f"{fast} {block}, times {slow}"
                 gains = (f"{row.median:.2f}x" if row else "-" for row in found)
-                rows.append([name, *gains, share_of_zeros(at) if at else "-"])
+                # Beside a rival that skips zeros too there is no such point.
+                rows.append([name, *gains, share_of_zeros(at) if at else "" if skips(slow) else "-"])
     header = [f"{layer} (M x N x K): times dense of ours, at zeros", *(f"{z:.0%}" for z in zeros), "ahead from"]
     text = _markdown(header, rows)
     return f"{text}\n\nMedians of {run.facts['rounds']} interleaved turns; {facts_line(run)}."
