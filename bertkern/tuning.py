@@ -38,7 +38,7 @@ _PER_DWORD = {torch.int8: 4, torch.bfloat16: 2}
 _COSTS: dict[tuple[str, int], tuple[float, float]] = {
     ("panels", 16): (0.05, 0.95),
     ("tokens", 4): (0.08, 1.00),
-    ("tokens", 1): (0.03, 2.60),
+    ("tokens", 1): (0.02, 1.85),
 }
 
 
