@@ -16,7 +16,7 @@ from .nn import Int8Embedding, Int8Linear
 from .nn.int8 import finite
 from .reports import INT8, Report, Row, float_name, general, table
 from .swap import family_tables
-from .tuning import cost
+from .tuning import MARGIN, cost
 
 # Blocks, as rows x columns, whose density stands in every row; the best block is sought among all powers of two.
 BLOCKS = (
@@ -294,7 +294,8 @@ def estimate(densities: Mapping[str, float], dtype: str) -> float:
     if dtype not in ("fp32", "int8"):
         raise ValueError(f"estimate: expected dtype fp32 or int8. Got {dtype!r}.")
     single = densities["1x4" if dtype == "int8" else "1x1"]
-    return min(1.0, cost("panels", 16, densities["16x4"]), cost("tokens", 1, single))
+    best = min(cost("panels", 16, densities["16x4"]), cost("tokens", 1, single))
+    return best if best < MARGIN else 1.0
 
 
 class _Blocks:
