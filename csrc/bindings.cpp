@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(bertkern, m) {
   m.def(
       "pack_sparse_linear(Tensor crow, Tensor col, Tensor values, SymInt n, SymInt k, Tensor? weight_scale, "
       "Tensor? bias, float input_scale=0., int input_zero_point=0, float output_scale=0., int form=0) -> Tensor");
+  m.def(
+      "pack_groupwise(Tensor codes, Tensor scale, Tensor? zero, Tensor bits, SymInt n, SymInt k, int axis, "
+      "int group_size, Tensor? bias, ScalarType operand, float input_scale=0., int input_zero_point=0) -> Tensor");
+  m.def("unpack_groupwise(Tensor packed, Tensor bits) -> Tensor");
   m.def("unpack_linear(Tensor packed) -> (Tensor, Tensor, Tensor)");
   m.def(
       "linear(Tensor x, Tensor packed, SymInt out_features, int activation=0, Tensor? residual=None, "
@@ -36,9 +40,28 @@ STABLE_TORCH_LIBRARY(bertkern, m) {
       "embed(Tensor[] ids, Tensor[] tables, Tensor[] scales, Tensor weight, Tensor bias, float eps, "
       "ScalarType? out_dtype=None) -> Tensor");
   m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? key_counts=None, Tensor? bias=None, "
+      "Tensor? head_mask=None, float scale=0., bool causal=False) -> Tensor");
+  m.def(
+      "qattention(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor cu_seqlens, "
+      "Tensor? key_counts=None, Tensor? bias=None, Tensor? head_mask=None, float scale=0., bool causal=False, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "attention_requantize(Tensor q, Tensor k, Tensor v, Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, "
+      "Tensor cu_seqlens, Tensor? key_counts=None, Tensor? bias=None, Tensor? head_mask=None, float scale=0., "
+      "bool causal=False, float out_scale=0., int out_zero_point=0) -> (Tensor, Tensor)");
+  m.def(
       "encoder(Tensor x, Tensor? mask, Tensor? position_bias, Tensor[] linears, Tensor norms, int[] heads, "
-      "int activation, float eps, bool keep_padding=False, bool all_hidden_states=False, bool empty_attends=False) "
-      "-> Tensor");
+      "int activation, float eps, bool keep_padding=False, bool all_hidden_states=False, bool empty_attends=False, "
+      "bool exact_attention=False, Tensor? head_mask=None, bool packed=False) -> Tensor");
+  m.def(
+      "mobilebert_encoder(Tensor x, Tensor? mask, Tensor[] linears, Tensor norms, Tensor? eps, int[] heads, "
+      "int bottleneck, int activation, bool keep_padding=False, bool all_hidden_states=False, "
+      "bool empty_attends=False, bool exact_attention=False, Tensor? head_mask=None, "
+      "bool packed=False) -> Tensor");
+  m.def(
+      "trigram_embed(Tensor[] ids, Tensor[] tables, Tensor[] scales, Tensor? packed, Tensor weight, Tensor bias, "
+      "float? eps=None, bool trigram=True, ScalarType? out_dtype=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertkern, CompositeExplicitAutograd, m) {
@@ -49,6 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(bertkern, CPU, m) {
   m.impl("pack_linear", TORCH_BOX(&bertkern::ops::pack_linear));
   m.impl("pack_qlinear", TORCH_BOX(&bertkern::ops::pack_qlinear));
   m.impl("pack_sparse_linear", TORCH_BOX(&bertkern::ops::pack_sparse_linear));
+  m.impl("pack_groupwise", TORCH_BOX(&bertkern::ops::pack_groupwise));
+  m.impl("unpack_groupwise", TORCH_BOX(&bertkern::ops::unpack_groupwise));
   m.impl("unpack_linear", TORCH_BOX(&bertkern::ops::unpack_linear));
   m.impl("linear", TORCH_BOX(&bertkern::ops::linear));
   m.impl("quantize_rows", TORCH_BOX(&bertkern::ops::quantize_rows));
@@ -57,5 +82,10 @@ STABLE_TORCH_LIBRARY_IMPL(bertkern, CPU, m) {
   m.impl("qgemm_seconds", TORCH_BOX(&bertkern::ops::qgemm_seconds));
   m.impl("add_layernorm", TORCH_BOX(&bertkern::ops::add_layernorm));
   m.impl("embed", TORCH_BOX(&bertkern::ops::embed));
+  m.impl("attention", TORCH_BOX(&bertkern::ops::attention));
+  m.impl("qattention", TORCH_BOX(&bertkern::ops::qattention));
+  m.impl("attention_requantize", TORCH_BOX(&bertkern::ops::attention_requantize));
   m.impl("encoder", TORCH_BOX(&bertkern::ops::encoder));
+  m.impl("mobilebert_encoder", TORCH_BOX(&bertkern::ops::mobilebert_encoder));
+  m.impl("trigram_embed", TORCH_BOX(&bertkern::ops::trigram_embed));
 }

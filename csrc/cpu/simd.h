@@ -69,6 +69,12 @@ BK_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
 BK_INLINE vi vandi(vi a, vi b) { return _mm512_and_si512(a, b); }
 BK_INLINE vi vaddi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 BK_INLINE vi vshift_left(vi a, int bits) { return _mm512_slli_epi32(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vshift_right(vi a, int bits) { return _mm512_srli_epi32(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vshift_right_signed(vi a, int bits) { return _mm512_srai_epi32(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vori(vi a, vi b) { return _mm512_or_si512(a, b); }
+BK_INLINE vi vmuli(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+BK_INLINE vi vsub8(vi a, vi b) { return _mm512_sub_epi8(a, b); }
+BK_INLINE void vstorei(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
 BK_INLINE vi vshift_left16(vi a, int bits) { return _mm512_slli_epi16(a, static_cast<unsigned>(bits)); }
 BK_INLINE vi vshift_right16(vi a, int bits) { return _mm512_srai_epi16(a, static_cast<unsigned>(bits)); }
 BK_INLINE vi vmadd16(vi a, vi b) { return _mm512_madd_epi16(a, b); }  // sums of neighbouring 16-bit products
@@ -181,6 +187,12 @@ BK_INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a); }
 BK_INLINE vi vandi(vi a, vi b) { return _mm256_and_si256(a, b); }
 BK_INLINE vi vaddi(vi a, vi b) { return _mm256_add_epi32(a, b); }
 BK_INLINE vi vshift_left(vi a, int bits) { return _mm256_slli_epi32(a, bits); }
+BK_INLINE vi vshift_right(vi a, int bits) { return _mm256_srli_epi32(a, bits); }
+BK_INLINE vi vshift_right_signed(vi a, int bits) { return _mm256_srai_epi32(a, bits); }
+BK_INLINE vi vori(vi a, vi b) { return _mm256_or_si256(a, b); }
+BK_INLINE vi vmuli(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+BK_INLINE vi vsub8(vi a, vi b) { return _mm256_sub_epi8(a, b); }
+BK_INLINE void vstorei(int32_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 BK_INLINE vi vshift_left16(vi a, int bits) { return _mm256_slli_epi16(a, bits); }
 BK_INLINE vi vshift_right16(vi a, int bits) { return _mm256_srai_epi16(a, bits); }
 BK_INLINE vi vmadd16(vi a, vi b) { return _mm256_madd_epi16(a, b); }
@@ -314,7 +326,19 @@ BK_INLINE vi vmaxi(vi a, vi b) {
 }
 BK_INLINE vf vabs(vf a) { return as_float(as_int(a) & 0x7fffffff); }
 BK_INLINE vi vandi(vi a, vi b) { return a & b; }
+BK_INLINE vi vori(vi a, vi b) { return a | b; }
+BK_INLINE vi vmuli(vi a, vi b) { return a * b; }
 BK_INLINE vi vshift_left(vi a, int bits) { return a << bits; }
+BK_INLINE vi vshift_right(vi a, int bits) {
+  typedef uint32_t vu __attribute__((vector_size(16)));
+  return reinterpret_cast<vi>(reinterpret_cast<vu>(a) >> static_cast<uint32_t>(bits));
+}
+BK_INLINE vi vshift_right_signed(vi a, int bits) { return a >> bits; }
+BK_INLINE vi vsub8(vi a, vi b) {
+  typedef uint8_t vb __attribute__((vector_size(16)));
+  return reinterpret_cast<vi>(reinterpret_cast<vb>(a) - reinterpret_cast<vb>(b));
+}
+BK_INLINE void vstorei(int32_t* p, vi x) { __builtin_memcpy(p, &x, sizeof x); }
 BK_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 // Adding and taking away 1.5 * 2^23 rounds to nearest even for |a| < 2^22; larger values are integral already.
 BK_INLINE vf vround(vf a) {

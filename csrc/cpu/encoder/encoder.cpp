@@ -11,10 +11,10 @@ namespace bertkern::cpu {
 
 namespace {
 
-constexpr int64_t kBlockRows = 42;       // three tiles of 14; a block's feed-forward output stays in L2
+constexpr int64_t kBlockRows = 64;       // five tiles of 13; a block's feed-forward output stays near the L2
 constexpr int64_t kRowSplitTokens = 64;  // per thread; fewer: split columns
 
-thread_local Scratch call_memory, operand_memory, block_memory, attention_memory;
+thread_local Scratch call_memory, operand_memory, block_memory;
 
 int64_t align16(int64_t count) { return (count + 15) / 16 * 16; }
 
@@ -24,7 +24,9 @@ struct Encoder {
   int threads = thread_count();
   int64_t wide = 0, ffn = 0;  // widest q, k, v (one of them) and feed-forward layer
   int64_t operand = 0;        // dwords of the largest packed operand, for `tokens` rows
-  float *qkv = nullptr, *context = nullptr, *y = nullptr, *inner = nullptr;
+  void* qkv = nullptr;        // [tokens][3][wide], of qkv_dtype of the layer
+  float *context = nullptr, *y = nullptr, *inner = nullptr;
+  float* finite = nullptr;  // of each token: NaN where its q, k, v are, though codes
 
   explicit Encoder(const EncoderCall& c) : call(c) {
     for (int64_t l = 0; l < call.layer_count; ++l) {
@@ -40,9 +42,9 @@ struct Encoder {
     const bool by_rows = threads == 1 || call.tokens >= kRowSplitTokens * threads;
     const int64_t n = call.tokens, h = call.hidden;
     const int64_t parts[] = {align16(n * qkv_pitch()), align16(n * wide), align16(n * h),
-                             by_rows ? 0 : align16(n * ffn)};
-    float* memory = call_memory.get<float>(parts[0] + parts[1] + parts[2] + parts[3]);
-    qkv = memory, context = qkv + parts[0], y = context + parts[1], inner = y + parts[2];
+                             by_rows ? 0 : align16(n * ffn), by_rows ? align16(n) : 0};
+    float* memory = call_memory.get<float>(parts[0] + parts[1] + parts[2] + parts[3] + parts[4]);
+    qkv = memory, context = memory + parts[0], y = context + parts[1], inner = y + parts[2], finite = inner + parts[3];
     if (by_rows)
       rows_split();
     else
@@ -50,39 +52,56 @@ struct Encoder {
   }
 
   // ------------------------------------------------------------------------------------------- attention
-  void attention(int64_t l) {
+  // bf16 where the processor multiplies it and the layer is not more exact itself. Outputs that are rounded to codes
+  // are those of a simulation, which is held to.
+  WeightKind operand_of(const EncoderLayer& e) const {
+    if (call.exact_attention) return WeightKind::f32;
+    for (const Linear* linear : {&e.q, &e.k, &e.v})
+      if (linear->kind == WeightKind::f32 || linear->output_scale > 0.0f) return WeightKind::f32;
+    return attention_kernel(WeightKind::bf16, Dtype::bf16) ? WeightKind::bf16 : WeightKind::f32;
+  }
+  // Whether q, k and v all come as codes: these are kept, and the scores exact. (The context stays fp32: making codes
+  // of it takes the attention as long as it takes the packing for o, which sees what is not finite.)
+  static bool in_codes(const EncoderLayer& e) {
+    for (const Linear* linear : {&e.q, &e.k, &e.v})
+      if (linear->kind != WeightKind::s8 || linear->output_scale <= 0.0f) return false;
+    return true;
+  }
+  Dtype qkv_dtype(int64_t l) const {
+    if (in_codes(layer(l))) return Dtype::s8;
+    return operand_of(layer(l)) == WeightKind::bf16 ? Dtype::bf16 : Dtype::f32;
+  }
+
+  // Part i of q, k, v from row r on.
+  void* qkv_at(int64_t l, int64_t r, int64_t i) const {
+    return static_cast<char*>(qkv) + (r * qkv_pitch() + i * wide) * dtype_size(qkv_dtype(l));
+  }
+  Output qkv_output(int64_t l, int64_t r, int64_t i) const {
+    Output out;
+    out.out = qkv_at(l, r, i), out.out_pitch = qkv_pitch(), out.dtype = qkv_dtype(l);
     const EncoderLayer& e = layer(l);
-    const int64_t head_dim = e.heads ? e.q.n / e.heads : 0;
-    if (!e.heads) return;
-    // Long sequences are cut along their queries where there are too few heads to go round.
-    const int64_t pairs = call.sequence_count * e.heads;
-    const int64_t cuts = pairs >= 4 * threads ? 1 : 4;
-    parallel(pairs * cuts, [&](int64_t task) {
-      const int64_t cut = task % cuts, head = task / cuts % e.heads;
-      const Sequence& s = call.sequences[task / cuts / e.heads];
-      const int64_t panels = (s.tokens + kPanel - 1) / kPanel;
-      const int64_t q0 = panels * cut / cuts * kPanel, q1 = std::min(s.tokens, panels * (cut + 1) / cuts * kPanel);
-      if (q0 >= q1) return;
-      const float* base = qkv + s.begin * qkv_pitch() + head * head_dim;
-      float* out = context + (s.begin + q0) * wide + head * head_dim;
-      if (s.keys == 0) {
-        for (int64_t i = 0; i < q1 - q0; ++i) std::fill_n(out + i * wide, head_dim, 0.0f);
-        return;
-      }
-      AttentionHead a;
-      a.q = base + q0 * qkv_pitch(), a.k = base + wide, a.v = base + 2 * wide, a.out = out;
-      a.pitch = qkv_pitch(), a.out_pitch = wide;
-      a.n_queries = q1 - q0, a.n_keys = s.keys, a.head_dim = head_dim;
-      a.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-      a.bias_pitch = call.bias_length;
-      a.bias = s.bias ? s.bias + head * call.bias_length * call.bias_length : nullptr;
-      a.query_position = call.positions ? call.positions + s.begin + q0 : nullptr;
-      a.key_position = call.positions ? call.positions + s.begin : nullptr;
-      if (a.bias && !call.positions) a.bias += q0 * call.bias_length;
-      a.tiles = &tile_kernels(WeightKind::f32);
-      a.scratch = attention_memory.get<float>(attention_scratch(s.keys, head_dim));
-      kernels.attention(a);
-    });
+    if (out.dtype == Dtype::s8) out.code_step = (i == 0 ? e.q : i == 1 ? e.k : e.v).output_scale;
+    return out;
+  }
+
+  AttentionCall attention_call(int64_t l) const {
+    const EncoderLayer& e = layer(l);
+    AttentionCall a{};
+    a.q = qkv_at(l, 0, 0), a.k = qkv_at(l, 0, 1), a.v = qkv_at(l, 0, 2), a.dtype = qkv_dtype(l);
+    a.q_pitch = a.k_pitch = a.v_pitch = qkv_pitch(), a.out = context, a.out_pitch = wide;
+    a.heads = e.heads, a.head_dim = a.q_head = a.k_head = a.v_head = a.out_head = e.q.n / e.heads;
+    a.scale = 1.0f / std::sqrt(static_cast<float>(a.head_dim));
+    if (a.dtype == Dtype::s8) {
+      a.q_scale.step = e.q.output_scale, a.k_scale.step = e.k.output_scale, a.v_scale.step = e.v.output_scale;
+      a.finite = finite;
+    }
+    a.sequences = call.sequences + l * call.sequences_pitch, a.sequence_count = call.sequence_count,
+    a.positions = call.positions;
+    a.bias_pitch = call.bias_length, a.bias_head = call.bias_length * call.bias_length;
+    return a;
+  }
+  void attention(int64_t l) {
+    if (layer(l).heads) attend(attention_call(l), operand_of(layer(l)));
   }
 
   // ------------------------------------------------------------------------------------------- row blocks
@@ -110,9 +129,8 @@ struct Encoder {
     Rows packed{};
     for (int i = 0; i < 3; ++i) {
       if (i == 0 || !same_operand(*parts[i], *parts[i - 1])) packed = pack_block(*parts[i], x, call.hidden, rows);
-      Output out;
-      out.out = qkv + r0 * qkv_pitch() + i * wide, out.out_pitch = qkv_pitch();
-      gemm(*parts[i], packed, 0, packed.groups, 0, parts[i]->panels, out);
+      if (i == 0 && in_codes(e)) std::copy_n(packed.scale, rows, finite + r0);
+      gemm(*parts[i], packed, 0, packed.groups, 0, parts[i]->panels, qkv_output(l, r0, i));
     }
   }
 
@@ -196,6 +214,35 @@ struct Encoder {
     });
   }
 
+  // q, k, v and the attention of one head after the other: heads that go round evenly, of whole panels, save a stage.
+  bool by_heads(const EncoderLayer& e) const {
+    const bool in_order = !e.q.column && !e.k.column && !e.v.column;
+    return in_order && e.heads > 0 && e.heads % threads == 0 && e.q.n / e.heads % kPanel == 0;
+  }
+  void heads_and_attention(int64_t l, const Stage& stage, const Stage& next) {
+    const EncoderLayer& e = layer(l);
+    const AttentionCall a = attention_call(l);
+    const AttentionFn kernel = attention_kernel(operand_of(e), a.dtype);
+    const int64_t panels = a.head_dim / kPanel;
+    parallel(e.heads, [&](int64_t head) {
+      const int64_t p = head * panels;
+      const bool last = first_task_of_same_worker(head + 1, e.heads, e.heads) == head + 1 || head + 1 == e.heads;
+      for (int i = 0; i < stage.count; ++i) {
+        Output out = stage.output[i];
+        if (i + 1 < stage.count)
+          out.after = panel_weights(*stage.linear[i + 1], p);
+        else if (!last)
+          out.after = panel_weights(*stage.linear[0], p + panels);
+        else
+          out.after =
+              next.weights(std::min(next.panels() - 1, first_task_of_same_worker(head, e.heads, next.panels())));
+        gemm(*stage.linear[i], stage.rows, 0, stage.rows.groups, p, p + panels, out);
+      }
+      for (int64_t s = 0; s < a.sequence_count; ++s)
+        attend_head(a, kernel, a.sequences[s], head, 0, a.sequences[s].tokens);
+    });
+  }
+
   // Rows of the stage's operand from `x`, normed on the way where `gamma_beta` is given (x = LayerNorm(x)).
   void pack_rows(const Stage& stage, float* x, int64_t pitch, const float* gamma_beta) {
     const Rows& rows = stage.rows;
@@ -232,8 +279,7 @@ struct Encoder {
       const Linear* parts[] = {&e.q, &e.k, &e.v};
       for (int i = 0; i < 3; ++i) {
         if (!shared) stages[i] = make_stage({parts[i]}, memory);
-        Output& out = shared ? stages[0].output[i] : stages[i].output[0];
-        out.out = qkv + i * wide, out.out_pitch = qkv_pitch();
+        (shared ? stages[0].output[i] : stages[i].output[0]) = qkv_output(l, 0, i);
       }
       return shared ? 1 : 3;
     };
@@ -249,11 +295,17 @@ struct Encoder {
       down.output[0].out = call.x, down.output[0].out_pitch = h;
       down.output[0].residual = y, down.output[0].residual_pitch = h;
 
-      for (int i = 0; i < count; ++i) {
-        if (i) pack_rows(heads[i], call.x, h, nullptr);
-        products(heads[i], i + 1 < count ? &heads[i + 1] : &o);
+      if (count == 1 && by_heads(e)) {
+        finite = heads[0].rows.scale;
+        heads_and_attention(l, heads[0], o);
+      } else {
+        for (int i = 0; i < count; ++i) {
+          if (i) pack_rows(heads[i], call.x, h, nullptr);
+          products(heads[i], i + 1 < count ? &heads[i + 1] : &o);
+        }
+        finite = heads[count - 1].rows.scale;
+        attention(l);
       }
-      attention(l);
       pack_rows(o, context, wide, nullptr);
       products(o, &up);
       pack_rows(up, y, h, e.norms);

@@ -1,6 +1,6 @@
 // A whole post-LayerNorm encoder (BERT and its relatives) over packed tokens, layer by layer:
 //
-//   c = softmax(q k^T / sqrt(d) + bias) v      q, k, v = x Wq^T + bq, ...      per head of each sequence
+//   c = factor softmax(q k^T / sqrt(d) + bias) v      q, k, v = x Wq^T + bq, ...      per head of each sequence
 //   y = LayerNorm(c Wo^T + bo + x)
 //   x = LayerNorm(act(y W1^T + b1) W2^T + b2 + y)
 //
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/attention/attention.h"
 #include "cpu/gemm/linear.h"
 
 namespace bertkern::cpu {
@@ -22,13 +23,6 @@ struct EncoderLayer {
   int64_t heads;
 };
 
-struct Sequence {
-  int64_t begin;      // first packed token
-  int64_t tokens;     // its tokens: keys first
-  int64_t keys;       // attended tokens; 0: the context is zero
-  const float* bias;  // [heads][length][length] or null
-};
-
 struct EncoderCall {
   const EncoderLayer* layers;
   int64_t layer_count;
@@ -37,10 +31,12 @@ struct EncoderCall {
   float eps;
   const Sequence* sequences;
   int64_t sequence_count;
+  int64_t sequences_pitch;  // from those of a layer to those of the next; 0: the same
   int64_t tokens;
   const int32_t* positions;  // of each packed token in its sequence; null: consecutive
   int64_t bias_length;
-  float* x;  // [tokens][hidden], in and out
+  bool exact_attention;  // in fp32, even where the layer is not that exact itself
+  float* x;              // [tokens][hidden], in and out
   // After each layer, on the calling thread: x holds its output.
   void (*layer_done)(void* context, int64_t layer, const float* x);
   void* context;

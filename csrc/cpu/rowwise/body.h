@@ -1,4 +1,5 @@
 // The row kernels, written once and compiled once per ISA. rowwise.h states what each computes.
+#include "cpu/rowwise/codes.h"
 #include "cpu/rowwise/rowwise.h"
 #include "cpu/simd.h"
 
@@ -157,6 +158,36 @@ float quantize_row(const float* x, int64_t n, float step, int32_t zero_point, ui
   return scale;
 }
 
+float quantize_range(const float* x, int64_t n, uint8_t* out, int32_t* zero_point) {
+  const vi magnitude = vseti(0x7fffffff);
+  vi top = vseti(0);
+  vf least = vset(0.0f), most = vset(0.0f);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const vf y = load_lanes(x, Dtype::f32, i, lanes_left(n, i));
+    top = vmaxi(top, vandi(as_int(y), magnitude));
+    least = vmin(y, least), most = vmax(y, most);
+  }
+  if (static_cast<uint32_t>(vmaxi_lane(top)) >= 0x7f800000u) {
+    for (int64_t j = 0; j < n; ++j) out[j] = 128;
+    *zero_point = 128;
+    return bits_to_float(0x7fc00000u);
+  }
+  const float lo = -vmax_lane(vsub(vset(0.0f), least)), hi = vmax_lane(most);
+  float scale = hi * (1.0f / 255.0f) - lo * (1.0f / 255.0f);
+  if (scale < 1.17549435e-38f) scale = 1.0f;  // zeros, or a range below the normal numbers
+  const vf inverse = vset(1.0f / scale);
+  float lanes[kWidth];
+  vstore(lanes, vmin(vround(vmul(vset(-lo), inverse)), vset(255.0f)));
+  const vf zero = vset(lanes[0]), last = vset(255.0f), first = vset(0.0f);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = lanes_left(n, i);
+    const vf q = vadd(vround(vmul(load_lanes(x, Dtype::f32, i, m), inverse)), zero);
+    vstore_u8_n(out + i, round_to_int(vmin(vmax(q, first), last)), m);
+  }
+  *zero_point = static_cast<int32_t>(lanes[0]);
+  return scale;
+}
+
 void layer_norm_row(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out) {
   vf sum = vset(0.0f);
   int64_t i = 0;
@@ -193,15 +224,6 @@ void layer_norm_row(const float* x, int64_t n, const float* gamma, const float* 
   }
 }
 
-// Codes as the integers that quantize_row would store: signed ones around 0.
-BK_INLINE void store_codes(uint8_t* out, vf y, const Epilogue& e, int64_t n) {
-  const bool is_signed = e.dtype == Dtype::s8;
-  const vf zero = vset(static_cast<float>(e.code_zero));
-  const vf low = vset(is_signed ? -127.0f : 0.0f), high = vset(is_signed ? 127.0f : 255.0f);
-  const vf q = vadd(vround(vmul(y, vset(1.0f / e.code_step))), zero);
-  vstore_u8_n(out, vandi(round_to_int(vmin(vmax(q, low), high)), vseti(255)), n);  // NaN: the lowest code
-}
-
 template <class Act>
 BK_INLINE void epilogue_with(const float* tile, int mr, int64_t columns, const Epilogue& e) {
   const Act act;
@@ -221,7 +243,8 @@ BK_INLINE void epilogue_with(const float* tile, int mr, int64_t columns, const E
       y = act(y);
       if (e.residual) y = vadd(y, load_lanes(e.residual + r * e.residual_pitch, Dtype::f32, j, m));
       if (bytes == 1)
-        store_codes(reinterpret_cast<uint8_t*>(out) + j, y, e, m);
+        store_codes(reinterpret_cast<uint8_t*>(out) + j, y, code_grid(e.code_step, e.code_zero, e.dtype == Dtype::s8),
+                    m);
       else
         store_lanes(out, e.dtype, j, y, m);
     }
@@ -245,77 +268,8 @@ void epilogue(const float* tile, int mr, int64_t columns, const Epilogue& e) {
   }
 }
 
-void run_tiles(const TileKernels& tiles, int64_t rows, const uint32_t* a, int64_t lda, const float* b, int64_t kd,
-               float* c) {
-  for (int64_t r = 0; r < rows;) {
-    const int64_t count = (rows - r + tiles.max_mr - 1) / tiles.max_mr;
-    const int64_t mr = (rows - r + count - 1) / count;
-    TileOutput output{};
-    output.out = c + r * kPanel, output.pitch = kPanel;
-    tiles.tile[mr](a + r, lda, reinterpret_cast<const uint32_t*>(b), kd, output);
-    r += mr;
-  }
-}
-
-// Scores are computed transposed, [key][32 queries]: the softmax runs down columns without a horizontal sum, and the
-// probabilities lie as the second product wants them. Both products are the tiles of the dense GEMM. Every query is a
-// lane of its own and its keys are summed in ascending order, so its result depends on no other query.
-void attention(const AttentionHead& h) {
-  const int64_t keys_pitch = (h.n_keys + 31) / 32 * 32;
-  float* kt = h.scratch;                         // [head_dim][keys_pitch]
-  float* scores = kt + h.head_dim * keys_pitch;  // [keys][32]
-  float* qt = scores + keys_pitch * kPanel;      // [head_dim][32]
-  float* ot = qt + h.head_dim * kPanel;          // [head_dim][32]
-  float* o = ot + h.head_dim * kPanel;           // [32][head_dim]
-  transpose(h.k, h.pitch, h.n_keys, h.head_dim, kt, keys_pitch);
-  for (int64_t q0 = 0; q0 < h.n_queries; q0 += kPanel) {
-    const int64_t queries = h.n_queries - q0 < kPanel ? h.n_queries - q0 : kPanel;
-    transpose(h.q + q0 * h.pitch, h.pitch, queries, h.head_dim, qt, kPanel);
-    if (queries < kPanel)
-      for (int64_t d = 0; d < h.head_dim; ++d)
-        for (int64_t i = queries; i < kPanel; ++i) qt[d * kPanel + i] = 0.0f;
-    run_tiles(*h.tiles, h.n_keys, reinterpret_cast<const uint32_t*>(kt), keys_pitch, qt, h.head_dim, scores);
-    if (h.bias) {
-      for (int64_t i = 0; i < queries; ++i) {
-        const float* row = h.bias + (h.query_position ? h.query_position[q0 + i] : q0 + i) * h.bias_pitch;
-        for (int64_t j = 0; j < h.n_keys; ++j) {
-          float* s = scores + j * kPanel + i;
-          *s = *s * h.scale + row[h.key_position ? h.key_position[j] : j];
-        }
-      }
-    }
-    const vf scale = vset(h.bias ? 1.0f : h.scale);
-    for (int64_t i = 0; i < kPanel; i += kWidth) {
-      vf top = vload(scores + i);
-      for (int64_t j = 1; j < h.n_keys; ++j) top = vmax(top, vload(scores + j * kPanel + i));
-      const vf shift = vmul(top, scale);
-      vf sum = vset(0.0f);
-      for (int64_t j = 0; j < h.n_keys; ++j) {
-        float* s = scores + j * kPanel + i;
-        const vf p = vexp(vsub(vmul(vload(s), scale), shift));
-        sum = vadd(sum, p);
-        vstore(s, p);
-      }
-      vstore(qt + i, vdiv(vset(1.0f), sum));  // qt has been used up
-    }
-    run_tiles(*h.tiles, h.head_dim, reinterpret_cast<const uint32_t*>(h.v), h.pitch, scores, h.n_keys, ot);
-    for (int64_t i = 0; i < kPanel; i += kWidth) {
-      const vf inverse = vload(qt + i);
-      for (int64_t d = 0; d < h.head_dim; ++d) vstore(ot + d * kPanel + i, vmul(vload(ot + d * kPanel + i), inverse));
-    }
-    float* out = h.out + q0 * h.out_pitch;
-    if (queries == kPanel) {
-      transpose(ot, kPanel, h.head_dim, kPanel, out, h.out_pitch);
-    } else {
-      transpose(ot, kPanel, h.head_dim, kPanel, o, h.head_dim);
-      for (int64_t i = 0; i < queries; ++i)
-        for (int64_t d = 0; d < h.head_dim; ++d) out[i * h.out_pitch + d] = o[i * h.head_dim + d];
-    }
-  }
-}
-
 constexpr RowKernels make_row_kernels() {
-  return {load_row, store_row, quantize_row, layer_norm_row, add_scaled_row, epilogue, attention, transpose};
+  return {load_row, store_row, quantize_row, quantize_range, layer_norm_row, add_scaled_row, epilogue, transpose};
 }
 
 }  // namespace

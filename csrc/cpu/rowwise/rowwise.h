@@ -7,11 +7,13 @@
 //                     step = 0: s = max|x| / 127 (1 for a row of zeros), z = 128, codes in [1, 255]
 //                     step > 0: s = step; z = 128: codes in [1, 255] (signed codes -127..127); else codes in [0, 255]
 //                     A row with a NaN or Inf returns NaN, which the epilogue spreads over that row alone.
+//   quantize_range  the same with a scale and a zero point of the row's own: s = (hi - lo) / 255, z = round(-lo / s),
+//                     lo <= 0 <= hi the row's ends; codes in [0, 255]. BERT's activations lie to one side of 0: this
+//                     halves their steps.
 //   layer_norm_row  out = (x - mean) / sqrt(var + eps) * gamma + beta
 //   add_scaled_row  acc += scale * x, x fp32, bf16, fp16 or int8
 //   epilogue        what is left to do to a tile of a GEMM, see Epilogue
 //   transpose       dst[j][i] = src[i][j] of dwords
-//   attention       softmax(Q K^T * scale + bias) V for one head of one sequence, see AttentionHead
 #pragma once
 
 #include <stdint.h>
@@ -43,41 +45,14 @@ struct Epilogue {
   int32_t code_zero;
 };
 
-// One head of one sequence. Rows of q, k, v and out are tokens, `pitch` floats apart; keys are the first n_keys tokens,
-// queries n_queries tokens from q. bias: [n_queries][bias_pitch] added to the scaled scores, or null.
-// position: bias column of each key and bias row of each query (null: 0, 1, 2, ...).
-struct AttentionHead {
-  const float* q;
-  const float* k;
-  const float* v;
-  float* out;
-  int64_t pitch;
-  int64_t out_pitch;
-  int64_t n_queries;
-  int64_t n_keys;
-  int64_t head_dim;
-  float scale;
-  const float* bias;
-  int64_t bias_pitch;
-  const int32_t* query_position;
-  const int32_t* key_position;
-  const TileKernels* tiles;  // f32
-  float* scratch;            // attention_scratch(n_keys, head_dim) floats
-};
-
-static inline int64_t attention_scratch(int64_t n_keys, int64_t head_dim) {
-  const int64_t keys = (n_keys + 31) / 32 * 32;
-  return keys * head_dim + keys * kPanel + 3 * head_dim * kPanel + 4 * kPanel;
-}
-
 struct RowKernels {
   void (*load_row)(const void* x, Dtype dtype, int64_t n, float* out);
   void (*store_row)(const float* x, int64_t n, Dtype dtype, void* out);
   float (*quantize_row)(const float* x, int64_t n, float step, int32_t zero_point, uint8_t* out);
+  float (*quantize_range)(const float* x, int64_t n, uint8_t* out, int32_t* zero_point);
   void (*layer_norm_row)(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out);
   void (*add_scaled_row)(const void* x, Dtype dtype, int64_t n, float scale, float* acc);
   void (*epilogue)(const float* tile, int mr, int64_t columns, const Epilogue& e);
-  void (*attention)(const AttentionHead& head);
   void (*transpose)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst, int64_t ld_dst);
 };
 
