@@ -1,0 +1,3 @@
+#include "cpu/mobilebert/body.h"
+
+BERTKERN_DEFINE_AFFINE(avx512)
