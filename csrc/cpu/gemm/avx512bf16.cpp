@@ -1,22 +1,7 @@
-// AVX-512 BF16: vdpbf16ps, two products a lane and step. The instruction flushes denormals and rounds to nearest even
-// whatever MXCSR says. int8 is here once more because its tile rounds to bf16.
+// AVX-512 BF16: two products a lane and step. int8 is here once more because its tile rounds to bf16.
+#include "cpu/gemm/dot_bf16.h"
 #include "cpu/gemm/dot_vnni.h"
-
-namespace bertkern::cpu {
-namespace {
-
-struct Dot_dpbf16 : Dot_f32 {
-  using Vec = vi;
-  using Act = vi;
-  BK_INLINE Vec load(const uint32_t* b) { return vloadi(reinterpret_cast<const int32_t*>(b)); }
-  BK_INLINE Act broadcast(const uint32_t* a, int64_t) { return vseti(static_cast<int32_t>(*a)); }
-  BK_INLINE Act rows(const uint32_t* a, int64_t) { return load(a); }
-  BK_INLINE Vec splat(uint32_t w) { return vseti(static_cast<int32_t>(w)); }
-  BK_INLINE void step(Acc& acc, Act x, Vec w) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w)); }
-};
-
-}  // namespace
-}  // namespace bertkern::cpu
+#include "cpu/gemm/tiles.h"
 
 BERTKERN_DEFINE_TILES(dpbf16, bf16, avx512bf16, 14)
 BERTKERN_DEFINE_TILES(vnni, s8, avx512bf16, 14)

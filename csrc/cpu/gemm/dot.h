@@ -11,6 +11,11 @@
 //   Act broadcast(const uint32_t* a, int64_t plane)  one activation dword, of kPlanes planes
 //   Act rows(const uint32_t* a, int64_t plane)       the dwords of kWidth rows
 //   Vec splat(uint32_t)          one weight dword
+//
+// Integer ones also:
+//
+//   Vec weights(vi)              weight dwords that are in a register
+//   Acc add(Acc, Acc), spread(int32_t), times(Acc, int32_t)
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -69,6 +74,10 @@ struct Dot_madd {
     return {vloadi(reinterpret_cast<const int32_t*>(a)), vloadi(reinterpret_cast<const int32_t*>(a + plane))};
   }
   BK_INLINE Vec splat(uint32_t w) { return split(vseti(static_cast<int32_t>(w))); }
+  BK_INLINE Vec weights(vi w) { return split(w); }
+  BK_INLINE Acc add(Acc a, Acc b) { return vaddi(a, b); }
+  BK_INLINE Acc spread(int32_t x) { return vseti(x); }
+  BK_INLINE Acc times(Acc a, int32_t x) { return vmuli(a, vseti(x)); }
   BK_INLINE void step(Acc& acc, const Act& x, const Vec& w) {
     acc = vaddi(acc, vaddi(vmadd16(x.even, w.even), vmadd16(x.odd, w.odd)));
   }

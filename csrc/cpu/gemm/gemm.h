@@ -14,7 +14,7 @@
 //   A tile kernel computes the sums of mr rows and 32 features and, for s8, makes floats of them: TileOutput.
 //
 // Activations are unsigned codes u with a zero point z, weights signed: sum (u - z) w = sum u w - z sum w. The second
-// term does not depend on the activations: it is the `init` of the accumulators.
+// term needs nothing but z of the activations: it is the `init` of the accumulators.
 //
 // Every output is summed along K in one accumulator, in an order that the packed weights fix, in every tile of one
 // kernel: a row's result does not depend on the rows beside it. (int32 sums are exact, hence equal on all ISAs.)
@@ -25,6 +25,19 @@
 //            first half alone, of the second alone. Lanes are features, as in the dense tile.
 //   tokens   every R = 1, 2 or 4 features have a list of their own: [entry][R] dwords. Lanes are rows of X, which lie
 //            in groups of kTokens: [KD][planes][kTokens].
+//
+// Weights of few bits (group-wise) are stored as bit planes and become the dwords of the dense panel, s8 or floats,
+// when a panel's turn comes; then its tiles run as if it were dense:
+//
+//   block    8 dwords of K x 32 features of centred codes c = q - 2^(bits - 1): 16 vectors of 16 dwords, vector
+//            v = 2 * dword + half. Each plane of the code's bits lies in vectors of 64 bytes:
+//            4 bits: 8 vectors, vector j holds v = j + 8 i at bit 4 i; 2 bits: 4 vectors, v = j + 4 i at bit 2 i;
+//            1 bit: 2 vectors, v = j + 2 i at bit i. From the lowest bits on: 2 = 2; 3 = 2 + 1; 4 = 4; 5 = 4 + 1;
+//            6 = 4 + 2; 7 = 4 + 2 + 1; 8: 16 vectors as they are.
+//   groups along N: a feature's scale and zero point stand in the epilogue, beside the sum of the row's codes.
+//   groups along K: int32 sums of a group, made floats of and scaled into fp32 sums:
+//            c[m, n] = init[n] + sum_g (S_g[m, n] * scale[g, n] + R_g[m] * zero[g, n]),  S_g int32 products,
+//            R_g = sum of (u - z) over the group, zero[g, n] = -scale * (zero point - 2^(bits - 1)).
 #pragma once
 
 #include <stdint.h>
@@ -41,10 +54,15 @@ enum class WeightKind : int32_t { f32 = 0, bf16 = 1, s8 = 2 };
 
 // y[m, n] = c[m, n]                                                   c = init[n] + sum over KD, fp32 kinds
 // y[m, n] = float(c[m, n]) * (row_scale[m] * weight_scale[n]) + bias[n]   s8
+//           (float(c[m, n]) - row_sum[m] * weight_zero[n]) * ...          where there is a zero point
+//           c[m, n] * row_scale[m] + bias[n]                              groups along K
 // y += residual[m, n]                                                 where there is one
 struct TileOutput {
-  const void* init;  // [32] int32 for s8, else fp32; null: zeros
+  const void* init;         // [32] int32 for s8, else fp32; null: zeros
+  const int32_t* row_zero;  // s8: each row's zero point, times which `init` is taken away; null: `init` as it is
   const float* weight_scale;
+  const float* weight_zero;  // null: none
+  const float* row_sum;
   const float* bias;
   const float* row_scale;
   const float* residual;
@@ -79,6 +97,45 @@ using TokensFn = void (*)(const uint32_t* a, int64_t group_dwords, int64_t group
 // What TileOutput says, for up to kTokens rows of fp32: the sums, made floats of and transposed. No residual.
 using FinishTokensFn = void (*)(const uint32_t* sums, int64_t pitch, int64_t rows, const TileOutput& output);
 
+// A run of K with one scale a feature.
+struct Group {
+  uint32_t first, count;  // dwords of the s8 operand
+  uint32_t k, length;     // elements of K
+  uint32_t bits;          // groups along K; along N the panel has them
+};
+
+// Groups along K of one panel.
+struct GroupPanel {
+  const Group* groups;
+  int64_t count;
+  const float* scale;  // [count][32]
+  const float* zero;
+  const float* row_sum;  // [count][row_sum_pitch]
+  int64_t row_sum_pitch;
+};
+
+using GroupTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, const GroupPanel& groups,
+                             const TileOutput& output);
+// Blocks of planes -> dwords [8 * blocks][32] of centred codes.
+using DecodeFn = void (*)(int bits, const uint32_t* planes, int64_t blocks, uint32_t* codes);
+// Centred codes of one group, from its first dword on, -> rows of K: values [length][32] = (c - zero) * scale.
+using DequantizeFn = void (*)(const uint32_t* codes, int64_t length, const float* scale, const float* zero,
+                              float* values);
+
+// The same sums straight from the planes of 2 to 7 bits, for few rows, which wait for memory. Codes are not centred
+// here: `shift` takes the middle away, -2^(bits - 1) * (sum of the row's codes less their zero point), [rows] or
+// [groups][rows]; `init` of groups along N is that of codes that are not centred. Groups along K: whole blocks.
+using NarrowTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* planes, int64_t dwords,
+                              const int32_t* shift, const TileOutput& output);
+using NarrowGroupTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* planes, const GroupPanel& groups,
+                                   const int32_t* shift, const TileOutput& output);
+
+constexpr int64_t kBlockDwords = 8;
+constexpr int kNarrowBits = 7;      // at most
+constexpr int kNarrowTiles = 3;     // of 1, 2 and 4 rows
+constexpr int64_t kNarrowRows = 8;  // in all, at most
+constexpr int kGroupRows = 6;       // at most, of a group tile
+
 struct TileKernels {
   int max_mr;
   int planes;
@@ -86,6 +143,12 @@ struct TileKernels {
   SparseTileFn sparse_tile[kMaxRows + 1];  // by mr; [0] is null
   TokensFn tokens[3];                      // R = 1, 2, 4
   FinishTokensFn finish_tokens;
+  int group_mr;  // s8 alone has these
+  GroupTileFn group_tile[kGroupRows + 1];
+  DecodeFn decode;
+  DequantizeFn dequantize;
+  NarrowTileFn narrow_tile[kNarrowBits + 1][kNarrowTiles];  // by bits, by the logarithm of the rows
+  NarrowGroupTileFn narrow_group_tile[kNarrowBits + 1][kNarrowTiles];
 };
 
 const TileKernels& tile_kernels(WeightKind kind);           // of active_isa()

@@ -13,9 +13,19 @@ namespace {
 constexpr int64_t kLeastRows = 6;  // of a group that is one of several for a reason: fewer leave the dot products idle
 constexpr int64_t kSplitRows = 6;  // measured: fewer rows wait for memory in any case
 
+bool sums_of_rows(const Linear& linear) { return linear.layout == Layout::grouped && linear.kind == WeightKind::s8; }
+
+// Whether rows bring a scale and a zero point of their own.
+bool own_ranges(const Linear& linear) {
+  return linear.kind == WeightKind::s8 && linear.input_scale <= 0.0f && linear.input_zero == kOwnZero;
+}
+
+bool scaled_along_k(const Linear& linear) { return sums_of_rows(linear) && linear.along_k; }
+
 // Wide tiles take a group each; narrow ones share a group.
 int64_t group_rows(const Linear& linear) {
-  const int max_mr = tile_kernels(linear.kind).max_mr;
+  const TileKernels& tiles = tile_kernels(linear.kind);
+  const int max_mr = scaled_along_k(linear) ? 2 * tiles.group_mr : tiles.max_mr;
   return max_mr > 8 && linear.layout != Layout::tokens ? max_mr : kGroupPitch;
 }
 
@@ -24,28 +34,50 @@ int64_t group_count(const Linear& linear, int64_t rows, int64_t multiple) {
   int64_t groups = (rows + group_rows(linear) - 1) / group_rows(linear);
   if (linear.layout == Layout::tokens) return groups;  // an idle lane costs as much as a busy one
   if (groups == 1 && rows >= kSplitRows) groups = 2;
-  const int64_t rounded = (groups + multiple - 1) / multiple * multiple;
+  const auto round_up = [&](int64_t count) { return (count + multiple - 1) / multiple * multiple; };
+  const int64_t rounded = round_up(groups), whole = round_up((rows + kGroupPitch - 1) / kGroupPitch);
+  // As many tiles in half as many groups, each transposed at once.
+  if (whole > 1 && 2 * whole == rounded) return whole;
   return rounded * kLeastRows <= rows ? rounded : groups;
 }
 
-thread_local Scratch staging;
+thread_local Scratch staging, unspread;
+
+// Whether the operands of both list the same dwords and sums.
+bool same_groups(const Linear& a, const Linear& b) {
+  if (a.along_k != b.along_k) return false;
+  if (!a.along_k) return true;
+  if (a.groups != b.groups || a.kd != b.kd) return false;
+  for (int64_t g = 0; g < a.groups; ++g)
+    if (a.group[g].first != b.group[g].first || a.group[g].length != b.group[g].length) return false;
+  return true;
+}
+
+int64_t operand_dwords(const Linear& linear, int64_t groups) {
+  return groups * (linear.kd * tile_kernels(linear.kind).planes * kGroupPitch + kGroupPad) + 64;
+}
 
 }  // namespace
 
 bool same_operand(const Linear& a, const Linear& b) {
+  const bool sums = sums_of_rows(a);
+  if (sums != sums_of_rows(b) || (sums && !same_groups(a, b))) return false;
   return a.kind == b.kind && a.k == b.k && a.input_scale == b.input_scale && a.input_zero == b.input_zero &&
          (a.layout == Layout::tokens) == (b.layout == Layout::tokens);
 }
 
 int64_t rows_dwords(const Linear& linear, int64_t rows, int64_t multiple) {
-  const int64_t groups = group_count(linear, rows, multiple);
-  return groups * (linear.kd * tile_kernels(linear.kind).planes * kGroupPitch + kGroupPad) + 64;
+  const int64_t sums = sums_of_rows(linear) ? linear.groups * rows : 0;
+  return operand_dwords(linear, group_count(linear, rows, multiple)) + (own_ranges(linear) ? rows : 0) + sums + 16;
 }
 
 Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale, int64_t multiple) {
   const int64_t groups = group_count(linear, rows, multiple);
   const int64_t pitch = rows == groups && linear.layout != Layout::tokens ? 1 : kGroupPitch;
-  return {rows, groups, linear.kd, tile_kernels(linear.kind).planes, pitch, data, scale};
+  uint32_t* const after = data + operand_dwords(linear, groups);
+  int32_t* zeros = own_ranges(linear) ? reinterpret_cast<int32_t*>(after) : nullptr;
+  float* sum = sums_of_rows(linear) ? reinterpret_cast<float*>(after + (zeros ? rows : 0)) : nullptr;
+  return {rows, groups, linear.kd, tile_kernels(linear.kind).planes, pitch, data, scale, sum, linear.input_zero, zeros};
 }
 
 namespace {
@@ -72,17 +104,45 @@ void pack_rows(const Rows& rows, int64_t group, Convert&& convert) {
                           reinterpret_cast<float*>(out), kGroupPitch);
 }
 
+// Sums of a row's codes, and for groups along K the places that the operand has for them; `out` is the row itself where
+// these are the same.
+void place_codes(const Linear& linear, const Rows& rows, int64_t r, const uint8_t* codes, int32_t zero, uint8_t* out) {
+  for (int64_t g = 0; g < linear.groups; ++g) {
+    const int64_t begin = linear.along_k ? linear.group[g].k : 0,
+                  length = linear.along_k ? linear.group[g].length : linear.k;
+    int32_t sum = 0;
+    for (int64_t i = begin; i < begin + length; ++i) sum += codes[i];
+    rows.sum[g * rows.rows + r] = static_cast<float>(sum - zero * static_cast<int32_t>(length));
+    if (out == codes) continue;
+    uint8_t* to = out + int64_t{linear.group[g].first} * 4;
+    std::memcpy(to, codes + begin, static_cast<size_t>(length));
+  }
+}
+
+// Whether codes in the order of K are the operand already.
+bool in_place(const Linear& linear) {
+  if (!scaled_along_k(linear)) return true;
+  for (int64_t g = 0; g < linear.groups; ++g)
+    if (linear.group[g].k != linear.group[g].first * 4) return false;
+  return true;
+}
+
 }  // namespace
 
 void pack_group(const Linear& linear, const Rows& rows, int64_t group, const float* x, int64_t pitch) {
   const RowKernels& kernels = row_kernels();
+  const bool straight = in_place(linear);
+  uint8_t* apart = straight ? nullptr : unspread.get<uint8_t>(linear.k);
   pack_rows(rows, group, [&](int64_t r, uint32_t* out) {
     const float* row = x + r * pitch;
     if (linear.k > 0) out[rows.kd - 1] = 0;
     if (linear.kind == WeightKind::s8) {
-      const float scale =
-          kernels.quantize_row(row, linear.k, linear.input_scale, linear.input_zero, reinterpret_cast<uint8_t*>(out));
-      rows.scale[r] = scale;
+      if (!straight) std::memset(out, 0, static_cast<size_t>(rows.kd) * 4);
+      uint8_t* const to = reinterpret_cast<uint8_t*>(out);
+      uint8_t* const codes = straight ? to : apart;
+      rows.scale[r] = rows.zeros ? kernels.quantize_range(row, linear.k, codes, rows.zeros + r)
+                                 : kernels.quantize_row(row, linear.k, linear.input_scale, linear.input_zero, codes);
+      if (rows.sum) place_codes(linear, rows, r, codes, rows.zero_of(r), to);
     } else {
       kernels.store_row(row, linear.k, linear.kind == WeightKind::bf16 ? Dtype::bf16 : Dtype::f32, out);
     }
@@ -101,10 +161,16 @@ void flip_codes(const uint8_t* codes, int64_t count, uint8_t xor_mask, uint8_t* 
   for (; i < count; ++i) out[i] = codes[i] ^ xor_mask;
 }
 
-void pack_code_group(const Rows& rows, int64_t group, const uint8_t* codes, int64_t k, uint8_t xor_mask) {
+void pack_code_group(const Linear& linear, const Rows& rows, int64_t group, const uint8_t* codes, uint8_t xor_mask) {
+  const int64_t k = linear.k;
+  const bool straight = in_place(linear);
+  uint8_t* apart = straight ? nullptr : unspread.get<uint8_t>(k);
   pack_rows(rows, group, [&](int64_t r, uint32_t* out) {
     if (k > 0) out[rows.kd - 1] = 0;
-    flip_codes(codes + r * k, k, xor_mask, reinterpret_cast<uint8_t*>(out));
+    if (!straight) std::memset(out, 0, static_cast<size_t>(rows.kd) * 4);
+    uint8_t* const to = reinterpret_cast<uint8_t*>(out);
+    flip_codes(codes + r * k, k, xor_mask, straight ? to : apart);
+    if (rows.sum) place_codes(linear, rows, r, straight ? to : apart, rows.zero_of(r), to);
   });
 }
 
@@ -117,7 +183,8 @@ class Sink {
   Sink(const Linear& linear, const Output& output) : linear_(linear), output_(output) {}
 
   bool in_tile() const {
-    return output_.activation == Activation::none && linear_.output_scale <= 0.0f && output_.dtype <= Dtype::bf16;
+    return output_.activation == Activation::none && linear_.output_scale <= 0.0f && output_.dtype <= Dtype::bf16 &&
+           !linear_.column;
   }
   void* row(int64_t r, int64_t column) const {
     return static_cast<char*>(output_.out) + (r * output_.out_pitch + column) * dtype_size(output_.dtype);
@@ -134,30 +201,98 @@ class Sink {
     e.out = row(r, column), e.out_pitch = output_.out_pitch;
     e.dtype = output_.dtype;
     e.code_step = output_.code_step, e.code_zero = output_.code_zero;
+    if (linear_.column) return scatter(buffer, r, mr, linear_.column + column, columns, e);
     kernels_.epilogue(buffer, static_cast<int>(mr), columns, e);
   }
 
  private:
+  // The same for outputs that stand in another order than the columns of Y.
+  void scatter(const float* buffer, int64_t r, int64_t mr, const uint32_t* to, int64_t columns, Epilogue e) const {
+    alignas(64) float gathered[kPanel], made[kPanel];
+    const int64_t bytes = dtype_size(output_.dtype);
+    e.out = made, e.residual = output_.residual ? gathered : nullptr;
+    for (int64_t i = r; i < r + mr; ++i, buffer += kPanel) {
+      if (output_.residual)
+        for (int64_t c = 0; c < columns; ++c) gathered[c] = *residual(i, to[c]);
+      kernels_.epilogue(buffer, 1, columns, e);
+      for (int64_t c = 0; c < columns; ++c)
+        std::memcpy(row(i, to[c]), reinterpret_cast<const char*>(made) + c * bytes, static_cast<size_t>(bytes));
+    }
+  }
+
   const Linear& linear_;
   const Output& output_;
   const RowKernels& kernels_ = row_kernels();
 };
 
+// 1, 2 or 4 rows at a time straight from the planes.
+class Narrow {
+ public:
+  Narrow(const Linear& linear, const Rows& rows) : linear_(linear), rows_(rows) {}
+
+  // Whether the panel is for these tiles; the others' is decoded.
+  bool takes(int64_t panel) {
+    const int bits = rows_.rows <= kNarrowRows && rows_.sum ? narrow_bits(linear_, panel) : 0;
+    if (bits && bits != bits_) prepare(bits);
+    return bits > 0;
+  }
+  int tile_of(int64_t left) const { return left >= 4 ? 2 : left >= 2 ? 1 : 0; }
+  void run(int tile, const TileKernels& tiles, const uint32_t* a, const uint32_t* planes, int64_t r,
+           const GroupPanel& scaled, const TileOutput& sums) const {
+    if (linear_.along_k)
+      tiles.narrow_group_tile[bits_][tile](a, rows_.pitch, planes, scaled, shift_ + r, sums);
+    else
+      tiles.narrow_tile[bits_][tile](a, rows_.pitch, planes, linear_.kd, shift_ + r, sums);
+  }
+
+ private:
+  void prepare(int bits) {
+    const Linear& linear = linear_;
+    const Rows& rows = rows_;
+    const int32_t middle = 1 << (bits - 1);
+    bits_ = bits, shift_ = shifts.get<int32_t>(rows.rows * linear.groups + 16);
+    for (int64_t i = 0; i < rows.rows * linear.groups; ++i) shift_[i] = -middle * static_cast<int32_t>(rows.sum[i]);
+    // sum (u - z) (q - middle) = sum u q - z sum q - middle sum (u - z), and the layer's init says z sum (q - middle).
+    if (!linear.along_k)
+      for (int64_t r = 0; r < rows.rows; ++r) shift_[r] -= static_cast<int32_t>(rows.zero_of(r) * linear.k * middle);
+    else
+      for (int64_t g = 0; g < linear.groups; ++g)
+        for (int64_t r = 0; r < rows.rows; ++r)
+          shift_[g * rows.rows + r] -= static_cast<int32_t>(rows.zero_of(r) * int64_t{linear.group[g].length} * middle);
+  }
+  static thread_local Scratch shifts;
+  const Linear& linear_;
+  const Rows& rows_;
+  int bits_ = 0;
+  int32_t* shift_ = nullptr;
+};
+thread_local Scratch Narrow::shifts;
+
 void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1,
                 const Output& output, const void* start) {
   const TileKernels& tiles = tile_kernels(linear.kind);
-  const bool integer = linear.kind == WeightKind::s8, dense = linear.layout == Layout::dense;
+  const bool integer = linear.kind == WeightKind::s8, grouped = linear.layout == Layout::grouped;
+  const bool dense = linear.layout == Layout::dense || grouped, along_k = scaled_along_k(linear);
+  const int64_t max_mr = along_k ? tiles.group_mr : tiles.max_mr;
   const Sink sink(linear, output);
+  Narrow narrow(linear, rows);
   alignas(64) float buffer[kMaxRows * kPanel];
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
     const bool direct = sink.in_tile() && columns == kPanel;
     const SparsePanel listed = dense ? SparsePanel{} : sparse_panel(linear, p);
-    const uint32_t* panel = dense ? linear.weights + p * linear.kd * kPanel : listed.weights;
+    const bool straight = narrow.takes(p);
+    const uint32_t* panel = straight  ? panel_weights(linear, p).data
+                            : grouped ? decoded_panel(linear, p)
+                            : dense   ? linear.weights + p * linear.kd * kPanel
+                                      : listed.weights;
     const int64_t steps = dense ? linear.kd : listed.both + listed.half[0] + listed.half[1];
     TileOutput sums{};
     sums.init = static_cast<const char*>(start) + column * 4;
     if (integer) sums.weight_scale = linear.scale + column, sums.bias = linear.bias + column;
+    if (integer && grouped) sums.weight_zero = linear.zero + column;
+    const int64_t at = p * linear.groups * kPanel;
+    GroupPanel scaled{linear.group, linear.groups, linear.scale + at, linear.zero + at, nullptr, rows.rows};
     sums.out = buffer, sums.pitch = kPanel, sums.bf16 = direct && output.dtype == Dtype::bf16;
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
@@ -171,14 +306,25 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
         sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
       }
       for (int64_t r = begin; r < end;) {
-        const int64_t left = (end - r + tiles.max_mr - 1) / tiles.max_mr, mr = (end - r + left - 1) / left;
-        if (integer) sums.row_scale = rows.scale + r;
+        const int64_t left = (end - r + max_mr - 1) / max_mr;
+        const int tile = straight ? narrow.tile_of(end - r) : 0;
+        const int64_t mr = straight ? int64_t{1} << tile : (end - r + left - 1) / left;
+        if (integer) {
+          sums.row_scale = rows.scale + r;
+          sums.row_sum = rows.sum ? rows.sum + r : nullptr;
+          sums.row_zero = rows.zeros ? rows.zeros + r : nullptr;
+        }
         if (direct) {
           sums.residual = sink.residual(r, column), sums.residual_pitch = output.residual_pitch;
           sums.out = sink.row(r, column), sums.pitch = output.out_pitch;
         }
         const uint32_t* a = rows.group_data(g) + (r - begin);
-        if (dense)
+        scaled.row_sum = sums.row_sum;
+        if (straight)
+          narrow.run(tile, tiles, a, panel, r, scaled, sums);
+        else if (along_k)
+          tiles.group_tile[mr](a, rows.pitch, panel, scaled, sums);
+        else if (dense)
           tiles.tile[mr](a, rows.pitch, panel, linear.kd, sums);
         else
           tiles.sparse_tile[mr](a, rows.pitch, listed, sums);
@@ -201,12 +347,16 @@ void gemm_tokens(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1,
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
       const bool direct = sink.in_tile() && columns == kPanel && !output.residual && output.dtype == Dtype::f32;
-      run(rows.group_data(g), rows.group_dwords(), groups, token_panel(linear, p),
-          static_cast<const char*>(start) + column * 4, sums, pitch);
+      const void* init = static_cast<const char*>(start) + column * 4;
+      // Lanes are rows: where these have zero points of their own, the finish takes them away.
+      static constexpr int32_t kNothing[kPanel] = {};
+      run(rows.group_data(g), rows.group_dwords(), groups, token_panel(linear, p), rows.zeros ? kNothing : init, sums,
+          pitch);
       for (int64_t i = 0; i < groups; ++i) {
         const int64_t r = rows.begin(g + i), mr = rows.begin(g + i + 1) - r;
         TileOutput tile{};
         if (rows.scale) tile.row_scale = rows.scale + r, tile.weight_scale = linear.scale + column;
+        if (rows.zeros) tile.row_zero = rows.zeros + r, tile.init = init;
         tile.bias = linear.bias + column;
         tile.out = direct ? sink.row(r, column) : buffer;
         tile.pitch = direct ? output.out_pitch : kPanel;
@@ -222,7 +372,8 @@ void gemm_tokens(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1,
 void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1, const Output& output,
           const int32_t* init) {
   const bool integer = linear.kind == WeightKind::s8;
-  const void* start = integer ? static_cast<const void*>(init ? init : linear.init) : linear.bias;
+  const int32_t* sums = init ? init : rows.zeros ? linear.column_sum : linear.init;
+  const void* start = integer ? static_cast<const void*>(sums) : linear.bias;
   if (linear.layout == Layout::tokens)
     gemm_tokens(linear, rows, g0, g1, p0, p1, output, start);
   else

@@ -4,10 +4,25 @@
 //   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h)
 //   index         sparse only: `entries` dwords of K, uint32 (panels) or uint16 (tokens), padded to 4 bytes
 //   table         sparse only: PanelEntry [panels], or uint32 [panels * 32 / R + 1] (tokens)
-//   init          int32 [Np]   s8 only: -zero_point * sum_k W[n, k], Np = N rounded up to 32
+//   init          int32 [Np]   s8 only: -zero_of_init * sum_k W[n, k], Np = N rounded up to 32
 //   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
 //   scale         fp32  [Np]   s8 only: the weight's scale
 //   bias          fp32  [Np]
+//
+// Group-wise weights (Layout::grouped), whose kind is that of the activations:
+//
+//   bytes 0..63   LinearHeader; entries = G, the groups along K (1: groups along N)
+//   weights       planes of every panel (gemm.h), one after the other: runs of groups with equal bits, in whole blocks
+//   table         GroupHeader, Group [G], GroupedPanel [panels + 1]
+//   init          s8: int32 [Np] as above, of centred codes; groups along K: fp32 [Np], -zero_point * sum_g scale S
+//   column_sum    s8: int32 [Np]; groups along K: fp32 [Np], sum_g scale[g, n] * (sum of the group's codes)
+//   bias          fp32 [Np]
+//   scale         fp32 [panels][G][32]
+//   zero          fp32 [panels][G][32]: zero point - 2^(bits - 1); s8 with groups along K: -scale times that
+//   column        uint32 [Np], permuted only: which column of Y an output is; features of equal bits stand together
+//
+// The s8 operand of groups along K has every group begin with a dword of its own, and every run of groups with equal
+// bits with a block of its own; elsewhere K is as in the dense layout.
 #pragma once
 
 #include <cstdint>
@@ -19,25 +34,37 @@ namespace bertkern::cpu {
 
 constexpr uint32_t kLinearMagic = 0x314b4c42;  // "BLK1"
 constexpr int32_t kSignedZero = 128;           // zero point of signed codes stored as u8
-constexpr int64_t kSparseDwords = 65536;       // of K that sparse weights can list: uint16 tells them apart
+constexpr int32_t kOwnZero = 0;                // beside an input_scale of 0: a zero point per row
+// The zero point that `init` is for: ready codes of such layers are signed ones, most often.
+constexpr int32_t zero_of_init(int32_t input_zero) { return input_zero == kOwnZero ? kSignedZero : input_zero; }
+constexpr int64_t kSparseDwords = 65536;  // of K that sparse weights can list: uint16 tells them apart
 
-enum class Layout : int32_t { dense = 0, panels = 1, tokens = 2 };
+enum class Layout : int32_t { dense = 0, panels = 1, tokens = 2, grouped = 3 };
 
 struct PanelEntry {
   uint32_t index, weights;  // where the panel's begin; weights in half panels
   uint32_t both, half[2];
 };
 
+struct GroupHeader {
+  int64_t group_size;
+  int64_t code_dwords;  // of K in a decoded panel: whole blocks
+};
+
+struct GroupedPanel {
+  uint32_t begin, bits;  // where the panel's planes begin, in 64 bytes; bits of groups along N
+};
+
 struct LinearHeader {
   uint32_t magic;
   int32_t kind;
   int64_t n, k;
-  float input_scale;  // 0: a scale per row
-  int32_t input_zero;
+  float input_scale;   // 0: a scale per row
+  int32_t input_zero;  // of the codes as u8; kOwnZero: per row
   float output_scale;  // 0: the output is not fake-quantized
   int32_t has_bias;
   int16_t layout;
-  int16_t features;  // R of tokens, else 0
+  int16_t features;  // R of tokens; grouped: 1 for groups along K, plus 2 where outputs are permuted; else 0
   uint32_t check;    // of the other fields: sparse tables are read by them, and no size would tell a wrong K
   int64_t entries;   // of the index
   int64_t weight_dwords;
@@ -60,11 +87,20 @@ struct Linear {
   int32_t input_zero;
   float output_scale;
   bool has_bias;
+  // Layout::grouped
+  int64_t groups = 0;  // along K; 1: along N
+  bool along_k = false;
+  int64_t group_size = 0, code_dwords = 0;
+  const Group* group = nullptr;
+  const GroupedPanel* grouped_panel = nullptr;
+  const float* zero = nullptr;
+  const uint32_t* column = nullptr;  // null: outputs stand in order
 };
 
 int64_t dword_count(WeightKind kind, int64_t k);
 int64_t dense_dwords(WeightKind kind, int64_t n, int64_t k);  // weight_dwords of Layout::dense
 int64_t packed_bytes(const LinearHeader& header);
+void write_header(const LinearHeader& header, void* out);
 
 // Reads the header; `bytes` is checked against it. Returns false where this is no packed linear.
 bool view_linear(const void* data, int64_t bytes, Linear& linear);
@@ -88,6 +124,33 @@ void measure_sparse(LinearHeader& header, const Blocks& blocks);
 void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* scale, int64_t scale_count,
                  const float* bias, void* out);
 
+// Group-wise weights in their canonical form (bertkern/formats/groupwise.py), checked by the caller.
+struct GroupwiseWeight {
+  const uint8_t* codes;  // bit streams of the rows
+  const float* scale;
+  const float* zero;  // null: 2^(bits - 1)
+  const uint8_t* bits;
+  int64_t group_size;
+  bool along_k, shared;  // shared: one row of scales for all features
+  int64_t groups(int64_t n, int64_t k) const { return ((along_k ? k : n) + group_size - 1) / group_size; }
+  int bits_at(int64_t feature, int64_t j) const { return bits[(along_k ? j : feature) / group_size]; }
+};
+int64_t groupwise_code_bytes(const GroupwiseWeight& weight, int64_t n, int64_t k);
+// Fills in layout, entries and weight_dwords.
+void measure_groupwise(LinearHeader& header, const GroupwiseWeight& weight);
+void pack_groupwise(const LinearHeader& header, const GroupwiseWeight& weight, const float* bias, void* out);
+// The bit streams again; `weight` has what else belongs to them.
+void unpack_groupwise(const Linear& linear, const GroupwiseWeight& weight, uint8_t* codes);
+void dequantize_groupwise(const Linear& linear, float* weight);  // [n, k]
+bool view_groupwise(const void* data, int64_t bytes, const LinearHeader& header, Linear& linear);
+int64_t groupwise_bytes(const LinearHeader& header);  // all but the header and the weights
+// Bits of the panel's planes where tiles read them straight, else 0.
+int narrow_bits(const Linear& linear, int64_t panel);
+// The codes of a panel, [code_dwords][32], or its weights as the dense panel of the kind.
+const uint32_t* decoded_panel(const Linear& linear, int64_t panel);
+// `init` for activations of another zero point than the packed one: 4 bytes an output.
+void init_of(const Linear& linear, int64_t zero_point, void* out);
+
 // The canonical tensors again: weight [n, k] of the kind's dtype, scale [n] (s8), bias [n].
 void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias);
 
@@ -100,7 +163,11 @@ constexpr int64_t kGroupPad = 16;  // dwords after a group: groups that are read
 struct Rows {
   int64_t rows, groups, kd, planes, pitch;
   uint32_t* data;
-  float* scale;  // per row (s8)
+  float* scale;    // per row (s8)
+  float* sum;      // [groups along K][rows]: of codes less their zero point (s8, Layout::grouped)
+  int32_t zero;    // of the codes
+  int32_t* zeros;  // of each row's codes, where rows have ranges of their own; else null
+  int32_t zero_of(int64_t row) const { return zeros ? zeros[row] : zero; }
   int64_t begin(int64_t group) const {
     return group * (rows / groups) + (group < rows % groups ? group : rows % groups);
   }
@@ -119,7 +186,7 @@ void pack_group(const Linear& linear, const Rows& rows, int64_t group, const flo
 // out[i] = codes[i] ^ xor_mask: 0x80 turns signed codes into unsigned ones with zero point 128, and back.
 void flip_codes(const uint8_t* codes, int64_t count, uint8_t xor_mask, uint8_t* out);
 // pack_group for ready codes: u8 with xor_mask 0, s8 with 0x80.
-void pack_code_group(const Rows& rows, int64_t group, const uint8_t* codes, int64_t k, uint8_t xor_mask);
+void pack_code_group(const Linear& linear, const Rows& rows, int64_t group, const uint8_t* codes, uint8_t xor_mask);
 
 // Weights that lie in one piece, to be fetched ahead.
 struct Piece {

@@ -40,13 +40,15 @@ thread_local cpu::Scratch operand_memory;
 // Packs all groups, then multiplies; columns are split where there are few rows.
 template <class PackGroup>
 void multiply(const Linear& w, int64_t m, const cpu::Output& output, const int32_t* init, const float* fixed_scale,
-              PackGroup&& pack_group) {
+              int32_t zero, PackGroup&& pack_group) {
   if (m == 0 || w.n == 0) return;
   const int64_t dwords = (cpu::rows_dwords(w, m) + 15) / 16 * 16;
   uint32_t* data = operand_memory.get<uint32_t>(dwords + m + 16);
   float* scale = w.kind == cpu::WeightKind::s8 ? reinterpret_cast<float*>(data + dwords) : nullptr;
   if (scale && fixed_scale) std::copy_n(fixed_scale, m, scale);
-  const Rows rows = cpu::make_rows(w, m, data, scale);
+  Rows rows = cpu::make_rows(w, m, data, scale);
+  // Ready codes have one zero point.
+  if (fixed_scale) rows.zero = zero, rows.zeros = nullptr;
   const int64_t threads = cpu::thread_count();
   const int64_t pack_tasks = m * w.k < 32768 ? 1 : std::min(rows.groups, 4 * threads);
   cpu::parallel(pack_tasks, [&](int64_t task) {
@@ -102,7 +104,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, int64
   output.residual_pitch = w.n, output.out_pitch = w.n, output.dtype = kernel_dtype(dtype);
   output.out = out.mutable_data_ptr();
   const float* rows = as_float_rows(in, m, w.k, hold);
-  multiply(w, m, output, nullptr, nullptr, [&](const Rows& r, int64_t g) { cpu::pack_group(w, r, g, rows, w.k); });
+  multiply(w, m, output, nullptr, nullptr, w.input_zero,
+           [&](const Rows& r, int64_t g) { cpu::pack_group(w, r, g, rows, w.k); });
   return out;
 }
 
@@ -145,6 +148,7 @@ struct Codes {
   std::vector<float> row_scale;
   std::vector<int32_t> init;  // empty: the weights' own zero point
   uint8_t xor_mask;
+  int32_t zero;
 };
 
 Codes checked_codes(const char* op, const Linear& w, const Tensor& codes, const Tensor& scale, int64_t zero_point) {
@@ -164,11 +168,12 @@ Codes checked_codes(const char* op, const Linear& w, const Tensor& codes, const 
   a.row_scale.resize(static_cast<size_t>(a.m));
   for (int64_t r = 0; r < a.m; ++r) a.row_scale[static_cast<size_t>(r)] = steps[a.scale.numel() == 1 ? 0 : r];
   const int64_t zero = is_signed ? cpu::kSignedZero : zero_point;
-  if (zero != w.input_zero) {
+  if (zero != cpu::zero_of_init(w.input_zero)) {
     a.init.resize(static_cast<size_t>(w.panels * cpu::kPanel));
-    for (size_t i = 0; i < a.init.size(); ++i) a.init[i] = static_cast<int32_t>(-zero) * w.column_sum[i];
+    cpu::init_of(w, zero, a.init.data());
   }
   a.xor_mask = is_signed ? 0x80 : 0;
+  a.zero = static_cast<int32_t>(zero);
   return a;
 }
 
@@ -184,8 +189,8 @@ cpu::Output output_of(const Linear& w, int64_t activation, ScalarType dtype, Ten
 
 void multiply_codes(const Linear& w, const Codes& a, const cpu::Output& output) {
   const uint8_t* data = static_cast<const uint8_t*>(a.codes.const_data_ptr());
-  multiply(w, a.m, output, a.init.empty() ? nullptr : a.init.data(), a.row_scale.data(),
-           [&](const Rows& r, int64_t g) { cpu::pack_code_group(r, g, data, w.k, a.xor_mask); });
+  multiply(w, a.m, output, a.init.empty() ? nullptr : a.init.data(), a.row_scale.data(), a.zero,
+           [&](const Rows& r, int64_t g) { cpu::pack_code_group(w, r, g, data, a.xor_mask); });
 }
 
 // A row's range is known only when the row is complete: a task takes whole rows, few enough to stay in L2.
@@ -200,8 +205,9 @@ void multiply_requantize(const Linear& w, const Codes& a, cpu::Activation activa
     uint32_t* operand = requantize_operand.get<uint32_t>(dwords + count + 16);
     float* row_scale = reinterpret_cast<float*>(operand + dwords);
     std::copy_n(a.row_scale.data() + r0, count, row_scale);
-    const Rows rows = cpu::make_rows(w, count, operand, row_scale);
-    for (int64_t g = 0; g < rows.groups; ++g) cpu::pack_code_group(rows, g, data + r0 * w.k, w.k, a.xor_mask);
+    Rows rows = cpu::make_rows(w, count, operand, row_scale);
+    rows.zero = a.zero, rows.zeros = nullptr;
+    for (int64_t g = 0; g < rows.groups; ++g) cpu::pack_code_group(w, rows, g, data + r0 * w.k, a.xor_mask);
     float* wide = requantize_memory.get<float>(count * w.n);
     cpu::Output output;
     output.activation = activation, output.out = wide, output.out_pitch = w.n;

@@ -3,6 +3,7 @@
 
 #include "cpu/check.h"
 #include "cpu/gemm/linear.h"
+#include "cpu/gemm/pack_ops.h"
 #include "cpu/gemm/weights.h"
 #include "cpu/ops.h"
 
@@ -56,14 +57,9 @@ void check_int8(const char* op, const Tensor& scale, int64_t n, int64_t k, doubl
           ": expected weight_scale of shape [N] = [", n, "] or [1]. Got ", shape_of(scale), ".");
   // 127 * 255 * K must fit int32 with the correction of the zero point.
   require(k <= 32768, op, ": expected K <= 32768, beyond which an int32 sum could overflow. Got ", k, ".");
-  require(std::isfinite(input_scale) && input_scale >= 0.0, op, ": expected input_scale >= 0 (0: per token). Got ",
-          input_scale, ".");
+  check_input(op, input_scale, input_zero_point);
   require(std::isfinite(output_scale) && output_scale >= 0.0, op, ": expected output_scale >= 0 (0: none). Got ",
           output_scale, ".");
-  require(input_zero_point >= 0 && input_zero_point <= 255, op, ": expected input_zero_point in [0, 255]. Got ",
-          input_zero_point, ".");
-  require(input_zero_point == 0 || input_scale > 0.0, op,
-          ": expected a static input_scale beside input_zero_point. Got input_scale = 0 (per token).");
 }
 
 void check_codes(const char* op, const char* name, const Tensor& codes) {
@@ -71,8 +67,6 @@ void check_codes(const char* op, const char* name, const Tensor& codes) {
   for (int64_t i = 0; i < codes.numel(); ++i)
     require(values[i] != -128, op, ": expected ", name, " in [-127, 127]. Got -128 at element ", i, ".");
 }
-
-int64_t zero_of(int64_t input_zero_point) { return input_zero_point == 0 ? cpu::kSignedZero : input_zero_point; }
 
 // fp16 as fp32, for which there are kernels.
 Tensor widened(const Tensor& weight) {
@@ -101,7 +95,8 @@ Tensor pack_qlinear(const Tensor& codes, const Tensor& scale, std::optional<Tens
   const Tensor s = expect(op, "weight_scale", scale, ScalarType::Float);
   check_int8(op, s, c.size(0), c.size(1), input_scale, input_zero_point, output_scale);
   check_codes(op, "weight_codes", c);
-  return pack(op, cpu::WeightKind::s8, c, &s, bias, input_scale, zero_of(input_zero_point), output_scale);
+  return pack(op, cpu::WeightKind::s8, c, &s, bias, input_scale, input_zero_of(input_scale, input_zero_point),
+              output_scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> unpack_linear(const Tensor& packed) {
@@ -110,12 +105,19 @@ std::tuple<Tensor, Tensor, Tensor> unpack_linear(const Tensor& packed) {
   require(cpu::view_linear(p.const_data_ptr(), p.numel(), w),
           "unpack_linear: expected packed weights from pack_linear, pack_qlinear or pack_sparse_linear. Got ",
           p.numel(), " other bytes.");
+  Tensor bias = empty({w.n}, ScalarType::Float);
+  if (w.layout == cpu::Layout::grouped) {
+    Tensor weight = empty({w.n, w.k}, ScalarType::Float);
+    cpu::dequantize_groupwise(w, static_cast<float*>(weight.mutable_data_ptr()));
+    float* const data = static_cast<float*>(bias.mutable_data_ptr());
+    for (int64_t i = 0; i < w.n; ++i) data[w.column ? w.column[i] : i] = w.bias[i];
+    return {weight, empty({0}, ScalarType::Float), bias};
+  }
   const ScalarType dtype = w.kind == cpu::WeightKind::s8     ? ScalarType::Char
                            : w.kind == cpu::WeightKind::bf16 ? ScalarType::BFloat16
                                                              : ScalarType::Float;
   Tensor weight = empty({w.n, w.k}, dtype);
   Tensor scale = empty({w.kind == cpu::WeightKind::s8 ? w.n : 0}, ScalarType::Float);
-  Tensor bias = empty({w.n}, ScalarType::Float);
   cpu::unpack_linear(w, weight.mutable_data_ptr(), static_cast<float*>(scale.mutable_data_ptr()),
                      static_cast<float*>(bias.mutable_data_ptr()));
   return {weight, scale, bias};
@@ -180,7 +182,7 @@ Tensor pack_sparse_linear(const Tensor& crow, const Tensor& col, const Tensor& v
     require(input_scale == 0.0 && input_zero_point == 0 && output_scale == 0.0, op,
             ": expected input_scale, input_zero_point and output_scale with int8 values only. Got float values.");
   }
-  Layer layer = layer_of(op, kind, n, k, bias, input_scale, zero_of(input_zero_point), output_scale);
+  Layer layer = layer_of(op, kind, n, k, bias, input_scale, input_zero_of(input_scale, input_zero_point), output_scale);
   require(cpu::dword_count(kind, k) <= cpu::kSparseDwords, op, ": expected K <= ", cpu::kSparseDwords * (bf16 ? 2 : 1),
           ". Got ", k, ".");
   const bool tall = rows % cpu::kHalfPanel == 0;

@@ -22,11 +22,15 @@ uint32_t check_of(const LinearHeader& header) {  // FNV-1a over words
   return sum;
 }
 
+}  // namespace
+
 void write_header(const LinearHeader& header, void* out) {
   LinearHeader h = header;
   h.check = check_of(header);
   std::memcpy(out, &h, sizeof h);
 }
+
+namespace {
 
 // Bytes of the index and of the table.
 int64_t index_bytes(const LinearHeader& h) {
@@ -47,6 +51,8 @@ int64_t dword_count(WeightKind kind, int64_t k) {
 int64_t dense_dwords(WeightKind kind, int64_t n, int64_t k) { return padded(n) * dword_count(kind, k); }
 
 int64_t packed_bytes(const LinearHeader& h) {
+  if (h.layout == static_cast<int16_t>(Layout::grouped))
+    return static_cast<int64_t>(sizeof h) + h.weight_dwords * 4 + groupwise_bytes(h);
   const WeightKind kind = static_cast<WeightKind>(h.kind);
   const int64_t np = padded(h.n), vectors = kind == WeightKind::s8 ? 4 : 1;
   return static_cast<int64_t>(sizeof h) + h.weight_dwords * 4 + index_bytes(h) + table_bytes(h, np / kPanel) +
@@ -81,6 +87,7 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   if (header.n < 0 || header.k < 0 || header.n > (int64_t{1} << 31) || header.k > (int64_t{1} << 31)) return false;
   const int64_t entries = header.entries, dwords = header.weight_dwords, features = header.features;
   if (entries < 0 || entries > bytes || dwords < 0 || dwords > bytes) return false;  // below, nothing overflows
+  if (header.layout == static_cast<int16_t>(Layout::grouped)) return view_groupwise(data, bytes, header, linear);
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
   const bool known =
@@ -123,7 +130,7 @@ void write_vectors(const LinearHeader& header, const int32_t* sums, const float*
     float* scales = reinterpret_cast<float*>(column_sum + np);
     for (int64_t i = 0; i < n; ++i) {
       column_sum[i] = sums[i];
-      init[i] = -header.input_zero * sums[i];
+      init[i] = -zero_of_init(header.input_zero) * sums[i];
       scales[i] = scale[scale_count == 1 ? 0 : i];
     }
     tail += 3 * np * 4;
@@ -295,6 +302,10 @@ TokenPanel token_panel(const Linear& linear, int64_t panel) {
 
 Piece panel_weights(const Linear& linear, int64_t panel) {
   switch (linear.layout) {
+    case Layout::grouped: {
+      const int64_t begin = linear.grouped_panel[panel].begin, end = linear.grouped_panel[panel + 1].begin;
+      return {linear.weights + begin * 16, (end - begin) * 64};
+    }
     case Layout::panels: {
       const SparsePanel b = sparse_panel(linear, panel);
       return {b.weights, (b.both * kPanel + (b.half[0] + b.half[1]) * kHalfPanel) * 4};

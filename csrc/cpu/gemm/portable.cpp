@@ -24,6 +24,10 @@ struct Dot_bytes {
     return {{x & 255, (x >> 8) & 255, (x >> 16) & 255, (x >> 24) & 255}};
   }
   BK_INLINE Vec splat(uint32_t w) { return split(vseti(static_cast<int32_t>(w))); }
+  BK_INLINE Vec weights(vi w) { return split(w); }
+  BK_INLINE Acc add(Acc a, Acc b) { return a + b; }
+  BK_INLINE Acc spread(int32_t x) { return vseti(x); }
+  BK_INLINE Acc times(Acc a, int32_t x) { return a * x; }
   BK_INLINE void step(Acc& acc, const Act& x, const Vec& w) {
     for (int i = 0; i < 4; ++i) acc += x.byte[i] * w.byte[i];
   }

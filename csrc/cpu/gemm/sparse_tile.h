@@ -166,7 +166,12 @@ void finish_tokens(const uint32_t* sums, int64_t pitch, int64_t rows, const Tile
       vf y[kWidth];
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) {
-        y[i] = Dot::value(Dot::init(sums + (n + i) * pitch + t));
+        typename Dot::Acc sum = Dot::init(sums + (n + i) * pitch + t);
+        if constexpr (Dot::kInteger) {
+          if (o.row_zero)
+            sum = Dot::add(sum, Dot::times(Dot::init(o.row_zero + t), -static_cast<const int32_t*>(o.init)[n + i]));
+        }
+        y[i] = Dot::value(sum);
         if (Dot::kInteger) y[i] = vadd(vmul(y[i], vmul(row_scale, vset(o.weight_scale[n + i]))), vset(o.bias[n + i]));
       }
       transpose_lanes(y);

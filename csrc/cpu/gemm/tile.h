@@ -14,38 +14,54 @@ BK_INLINE void start(typename Dot::Acc (&acc)[MR][kVectors], int64_t j, const Ti
   for (int v = 0; v < kVectors; ++v) {
     const typename Dot::Acc first =
         o.init ? Dot::init(static_cast<const char*>(o.init) + (j + v * kWidth) * 4) : typename Dot::Acc{};
+    if constexpr (Dot::kInteger) {
+      if (o.row_zero) {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) acc[r][v] = Dot::times(first, -o.row_zero[r]);
+        continue;
+      }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) acc[r][v] = first;
   }
 }
 
-template <class Dot, int MR, bool kResidual, bool kBf16>
+template <bool kResidual, bool kBf16>
+BK_INLINE void put(vf y, int r, int64_t n, const TileOutput& o) {
+  if (kResidual) y = vadd(y, vload(o.residual + r * o.residual_pitch + n));
+  if (kBf16)
+    vstore_bf16_n(static_cast<uint16_t*>(o.out) + r * o.pitch + n, y, kWidth);
+  else
+    vstore(static_cast<float*>(o.out) + r * o.pitch + n, y);
+}
+
+// Vector v holds the features from j + v * kStride on.
+template <class Dot, int MR, bool kResidual, bool kBf16, int kStride>
 BK_INLINE void store(typename Dot::Acc (&acc)[MR][kVectors], int64_t j, const TileOutput& o) {
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t n = j + v * kWidth;
+    const int64_t n = j + v * kStride;
     const vf scale = Dot::kInteger ? vload(o.weight_scale + n) : vset(0.0f);
     const vf bias = Dot::kInteger ? vload(o.bias + n) : vset(0.0f);
+    const bool shifted = Dot::kInteger && o.weight_zero;
+    const vf zero = shifted ? vload(o.weight_zero + n) : vset(0.0f);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       vf y = Dot::value(acc[r][v]);
+      if (shifted) y = vsub(y, vmul(vset(o.row_sum[r]), zero));
       if (Dot::kInteger)
         y = vadd(vmul(y, vmul(vset(o.row_scale[r]), scale)), bias);  // unfused: equal bits on every ISA
-      if (kResidual) y = vadd(y, vload(o.residual + r * o.residual_pitch + n));
-      if (kBf16)
-        vstore_bf16_n(static_cast<uint16_t*>(o.out) + r * o.pitch + n, y, kWidth);
-      else
-        vstore(static_cast<float*>(o.out) + r * o.pitch + n, y);
+      put<kResidual, kBf16>(y, r, n, o);
     }
   }
 }
 
-template <class Dot, int MR>
+template <class Dot, int MR, int kStride = kWidth>
 BK_INLINE void finish(typename Dot::Acc (&acc)[MR][kVectors], int64_t j, const TileOutput& o) {
   if (o.bf16)
-    o.residual ? store<Dot, MR, true, true>(acc, j, o) : store<Dot, MR, false, true>(acc, j, o);
+    o.residual ? store<Dot, MR, true, true, kStride>(acc, j, o) : store<Dot, MR, false, true, kStride>(acc, j, o);
   else
-    o.residual ? store<Dot, MR, true, false>(acc, j, o) : store<Dot, MR, false, false>(acc, j, o);
+    o.residual ? store<Dot, MR, true, false, kStride>(acc, j, o) : store<Dot, MR, false, false, kStride>(acc, j, o);
 }
 
 template <int MR>

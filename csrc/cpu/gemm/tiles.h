@@ -1,6 +1,7 @@
 // All loops over a Dot policy, as one row of kernels.inc.
 #pragma once
 
+#include "cpu/gemm/group_tile.h"
 #include "cpu/gemm/sparse_tile.h"
 #include "cpu/gemm/tile.h"
 
@@ -20,10 +21,53 @@ struct FillTiles<Dot, 0> {
   static constexpr void run(TileKernels&) {}
 };
 
+template <class Dot, int MR>
+struct FillGroupTiles {
+  static constexpr void run(TileKernels& kernels) {
+    FillGroupTiles<Dot, MR - 1>::run(kernels);
+    kernels.group_tile[MR] = &group_tile<Dot, MR>;
+  }
+};
+template <class Dot>
+struct FillGroupTiles<Dot, 0> {
+  static constexpr void run(TileKernels&) {}
+};
+template <class Dot, int kBits>
+struct FillNarrow {
+  static constexpr void run(TileKernels& kernels) {
+    FillNarrow<Dot, kBits - 1>::run(kernels);
+    kernels.narrow_tile[kBits][0] = &narrow_tile<Dot, kBits, 1>;
+    kernels.narrow_tile[kBits][1] = &narrow_tile<Dot, kBits, 2>;
+    kernels.narrow_tile[kBits][2] = &narrow_tile<Dot, kBits, 4>;
+    kernels.narrow_group_tile[kBits][0] = &narrow_group_tile<Dot, kBits, 1>;
+    kernels.narrow_group_tile[kBits][1] = &narrow_group_tile<Dot, kBits, 2>;
+    kernels.narrow_group_tile[kBits][2] = &narrow_group_tile<Dot, kBits, 4>;
+  }
+};
+template <class Dot>
+struct FillNarrow<Dot, 1> {
+  static constexpr void run(TileKernels&) {}
+};
+template <class Dot, bool kInteger>
+struct FillGroups {
+  static constexpr void run(TileKernels& kernels) {
+    kernels.group_mr = kGroupTileRows;
+    FillGroupTiles<Dot, kGroupTileRows>::run(kernels);
+    FillNarrow<Dot, kNarrowBits>::run(kernels);
+    kernels.decode = &decode;
+    kernels.dequantize = &dequantize;
+  }
+};
+template <class Dot>
+struct FillGroups<Dot, false> {
+  static constexpr void run(TileKernels&) {}
+};
+
 template <class Dot, int kMaxMr>
 constexpr TileKernels make_tiles() {
-  TileKernels kernels{kMaxMr, Dot::kPlanes, {}, {}, {}, &finish_tokens<Dot>};
+  TileKernels kernels{kMaxMr, Dot::kPlanes, {}, {}, {}, &finish_tokens<Dot>, 0, {}, nullptr, nullptr, {}, {}};
   FillTiles<Dot, kMaxMr>::run(kernels);
+  FillGroups<Dot, Dot::kInteger>::run(kernels);
   kernels.tokens[0] = &tokens<Dot, 1>;
   kernels.tokens[1] = &tokens<Dot, 2>;
   kernels.tokens[2] = &tokens<Dot, 4>;

@@ -1,0 +1,271 @@
+"""Group-wise low-bit weights: a linear layer and an embedding table, their tensors the canonical form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..formats.groupwise import GroupwiseWeight, read_rows, table_rows
+from .linear import FLOATS
+from .packing import PackedCache, lean
+
+_linear = lean(torch.ops.bertkern.linear.default)
+CODES = "weight_codes"
+
+
+class _GroupwiseWeight(PackedCache, nn.Module):
+    """The tensors of a `GroupwiseWeight` as buffers; all keep their dtype in casts.
+
+    Once packed, the codes are held by the packed copy alone: `weight_codes` and the state dict make them anew.
+    """
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor | None
+    weight_bits: Tensor
+
+    def _hold(self, weight: GroupwiseWeight) -> None:
+        self.shape, self.axis, self.group_size = weight.shape, weight.axis, weight.group_size
+        for name in GroupwiseWeight.TENSORS:
+            self.register_buffer(f"weight_{name}", getattr(weight, name))
+
+    def groupwise_weight(self) -> GroupwiseWeight:
+        """The weight as it is kept."""
+        tensors = (getattr(self, f"weight_{name}") for name in GroupwiseWeight.TENSORS)
+        return GroupwiseWeight(*tensors, self.shape, self.axis, self.group_size)
+
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(codes - zero) * scale, [N, K]."""
+        return self.groupwise_weight().dequantize(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, made anew at every access, for code that reads a layer's weight. Not a parameter."""
+        return self.dequantized_weight()
+
+    # --- the packed copy ---------------------------------------------------------------------------------------------
+
+    def _codes_of(self, packed: Tensor) -> Tensor:
+        """The canonical codes that `packed` holds."""
+        raise NotImplementedError
+
+    def packed(self) -> Tensor:
+        made = super().packed()
+        if not torch.compiler.is_compiling():
+            self._buffers.pop(CODES, None)
+        return made
+
+    def stale(self) -> None:
+        self._take_codes()
+        super().stale()
+
+    def _take_codes(self) -> None:
+        """Has the codes among the buffers again, first as in the state dict."""
+        if CODES not in self._buffers:
+            others = dict(self._buffers)
+            codes = self.weight_codes
+            self._buffers.clear()
+            self._buffers.update({CODES: codes, **others})
+
+    def __getattr__(self, name: str) -> Any:
+        if name == CODES and self.__dict__.get("_packed") is not None:
+            return self._codes_of(self._packed.packed)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == CODES and self.__dict__.get("_packed") is not None:
+            self.stale()
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict:
+        state = super().__getstate__()
+        if CODES not in state["_buffers"]:
+            state["_buffers"] = {CODES: self.weight_codes, **state["_buffers"]}
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._repack()
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + CODES] = self.weight_codes
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._take_codes()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        self._take_codes()
+        # What comes out, and float activations, have the dtype that the rest of the model was cast to.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+
+        # Moves go through, casts do not: half-precision scales would change every weight.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class GroupwiseLinear(_GroupwiseWeight):
+    """A linear layer with low-bit weights, and int8 or float activations: y = x . ((q - zero) * scale)' + bias.
+
+    Shapes: x [..., K] fp32, bf16 or fp16 -> [..., N], dtype of x.
+
+    Training mode, other devices and gradients use the dequantized weight and leave activations as they are. Once it has
+    run on the CPU the layer holds its codes in the kernels' order alone: `weight_codes` and the state dict make them
+    anew, so what is changed in place in the tensor that comes back is lost; assign it instead.
+
+    Buffers:
+        weight_codes, weight_scale, weight_zero, weight_bits: see `bertkern.formats.GroupwiseWeight`.
+        bias: fp32 [N] or None.
+        input_scale: fp32 scalar; 0: each token's own range, else the step of static activations; None: activations
+            stay float.
+        input_zero_point: int32 scalar, as of `Int8Linear`. None beside an input_scale of None.
+
+    Example:
+        >>> layer = GroupwiseLinear(quantize_groupwise(torch.randn(32, 64), bits=4, group_size=8))
+        >>> layer.eval()(torch.zeros(3, 64)).shape
+        torch.Size([3, 32])
+
+    Source: arXiv 1909.05840.
+    """
+
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    # The float module that this one replaces, in a tuple to stand outside the module tree.
+    original: tuple[nn.Linear] | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __init__(
+        self,
+        weight: GroupwiseWeight,
+        bias: Tensor | None = None,
+        *,
+        input_scale: float | Tensor | None = 0.0,
+        input_zero_point: int | Tensor | None = 0,
+    ) -> None:
+        super().__init__()
+        self._hold(weight.check())
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and list(bias.shape) != [self.out_features]:
+            raise ValueError(
+                f"GroupwiseLinear: expected bias of shape [N] = [{self.out_features}]. Got {list(bias.shape)}."
+            )
+        self.register_buffer("bias", None if bias is None else bias.detach().to(torch.float32))
+        for name, value, dtype in (
+            ("input_scale", input_scale, torch.float32),
+            ("input_zero_point", None if input_scale is None else input_zero_point, torch.int32),
+        ):
+            if value is None:
+                self.register_buffer(name, None)
+                continue
+            made = torch.as_tensor(value, dtype=dtype, device=weight.codes.device).detach().reshape(()).clone()
+            if not 0 <= float(made) < float("inf"):
+                raise ValueError(f"GroupwiseLinear: expected a finite {name} of at least 0. Got {float(made)}.")
+            self.register_buffer(name, made)
+
+    def dequantize(self) -> nn.Linear:
+        """The nearest fp32 nn.Linear."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dequantized_weight())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.clone())
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or not x.is_cpu or x.dtype not in FLOATS:
+            return self._plain(x)
+        return _linear(x, self.packed(), self.out_features)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        bias = self.bias
+        return F.linear(x, self.dequantized_weight(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        get = self._buffers.get
+        names = ("weight_scale", "weight_zero", "bias", "weight_bits", "input_scale", "input_zero_point")
+        return tuple(map(get, names))
+
+    def weights(self) -> list[Tensor]:
+        held = (*self._sources()[:4], self._buffers.get(CODES))
+        return [tensor for tensor in held if tensor is not None]
+
+    def _codes_of(self, packed: Tensor) -> Tensor:
+        return ops.unpack_groupwise(packed, self._buffers["weight_bits"])
+
+    def _pack(self) -> Tensor:
+        bias, step, zero = self.bias, self.input_scale, self.input_zero_point
+        if step is None:
+            operand = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+            return ops.pack_groupwise(self.groupwise_weight(), bias, operand=operand)
+        static = {"input_scale": float(step), "input_zero_point": int(zero)}
+        return ops.pack_groupwise(self.groupwise_weight(), bias, **static)
+
+    def extra_repr(self) -> str:
+        bits = "/".join(map(str, sorted(set(self.weight_bits.tolist()))))
+        activation = "float" if self.input_scale is None else "static" if float(self.input_scale) else "dynamic"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={bits}, axis={self.axis}, group_size={self.group_size}, activation={activation}"
+        )
+
+
+class GroupwiseEmbedding(_GroupwiseWeight):
+    """An embedding table of low-bit codes; groups run along its rows ("n") or its columns ("k").
+
+    Shapes: ids int64 [...] -> [..., H], fp32 or the dtype that the module was cast to.
+
+    Example:
+        >>> table = GroupwiseEmbedding(quantize_groupwise(torch.randn(10, 4), bits=4, group_size=1))
+        >>> table(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 4])
+    """
+
+    original: tuple[nn.Embedding] | None = None
+
+    def __init__(
+        self, weight: GroupwiseWeight, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self._hold(weight.check())
+        self._one_width = bool((weight.bits == weight.bits[:1]).all())
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = padding_idx
+        self.dtype = dtype
+
+    def dequantize(self) -> nn.Embedding:
+        """The nearest nn.Embedding."""
+        made = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        made.weight = nn.Parameter(self.dequantized_weight(self.dtype))
+        return made.train(self.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if not self.packable():
+            return F.embedding(ids, self.dequantized_weight()).to(self.dtype)
+        return read_rows(F.embedding(ids, self.packed()), self.embedding_dim).to(self.dtype)
+
+    def packable(self) -> bool:
+        """Whether rows can be read one by one: groups of rows, all of as many bits."""
+        return self.axis == "n" and self.embedding_dim >= 8 and self._one_width
+
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        return tuple(map(self._buffers.get, ("weight_scale", "weight_zero", "weight_bits")))
+
+    def _codes_of(self, packed: Tensor) -> Tensor:
+        return packed[:, 8:].reshape(-1)
+
+    def _pack(self) -> Tensor:
+        return table_rows(self.groupwise_weight())
+
+    def extra_repr(self) -> str:
+        bits = "/".join(map(str, sorted(set(self.weight_bits.tolist()))))
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}, bits={bits}"
