@@ -388,16 +388,18 @@ _MMA = {
 }
 
 
-def _opcodes(dtype: torch.dtype, tile: Tile) -> dict[int, str]:
+def _opcodes(dtype: torch.dtype, tile: Tile) -> dict[int, frozenset[str]]:
     """What each generation multiplies with: tiles of fewer than 64 rows take sm_80's instruction everywhere."""
     mma, depth, operands = _MMA[dtype]
     if tile.rows < 64:
-        return dict.fromkeys((80, 90, 100), mma)
-    if dtype != torch.int8:
-        return {80: mma, 90: f"HGMMA.64x{tile.columns}x{depth}{operands}", 100: "UTCHMMA"}
+        return dict.fromkeys((80, 90, 100), frozenset({mma}))
     # Triton knows sm_100's own instruction for int8 from 3.8 on.
     newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-    return {80: mma, 90: f"IGMMA.64x{tile.columns}x{depth}{operands}", 100: "UTCIMMA" if newer else mma}
+    if dtype != torch.int8:
+        names = {80: mma, 90: f"HGMMA.64x{tile.columns}x{depth}{operands}", 100: "UTCHMMA"}
+    else:
+        names = {80: mma, 90: f"IGMMA.64x{tile.columns}x{depth}{operands}", 100: "UTCIMMA" if newer else mma}
+    return {capability: frozenset({name}) for capability, name in names.items()}
 
 
 def _shapes(block: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
@@ -465,9 +467,8 @@ def _sampled_entry(dtype: torch.dtype, block: tuple[int, int]) -> Entry:
 def _odd(entry: Entry) -> Entry:
     """`entry` for widths that are no multiples of 16: the narrow loads need the most registers."""
     sizes = ("x_width", "y_width", "N", "K", "x_stride", "y_stride", "dy_stride")
-    return replace(
-        entry, name=f"{entry.name}-odd", aligned=tuple(name for name in entry.aligned if name not in sizes), shapes=()
-    )
+    aligned = tuple(name for name in entry.aligned if name not in sizes)
+    return replace(entry, name=f"{entry.name}-odd", aligned=aligned, shapes=(), fetches_ahead=False)
 
 
 def _table() -> tuple[Entry, ...]:

@@ -25,8 +25,9 @@ class Entry:
         constexprs: the other arguments.
         options: num_warps, num_stages and what else Triton's compiler takes.
         aligned: run-time arguments that are multiples of 16: bytes for pointers, elements for strides.
-        opcodes: the SASS instruction that does the multiplying, by compute capability (80, 90, 100).
-        shapes: problems (T, N, K) for the interpreter.
+        opcodes: the SASS instructions that do the multiplying, by compute capability (80, 90, 100).
+        shapes: problems for the interpreter: (T, N, K) of a linear layer, the sequences' lengths of attention.
+        fetches_ahead: whether operands come ahead of their use, in 16 bytes at a time: where rows begin at multiples.
     """
 
     name: str
@@ -35,8 +36,9 @@ class Entry:
     constexprs: Mapping[str, Any]
     options: Mapping[str, Any]
     aligned: tuple[str, ...]
-    opcodes: Mapping[int, str]
-    shapes: tuple[tuple[int, int, int], ...]
+    opcodes: Mapping[int, frozenset[str]]
+    shapes: tuple[tuple[int, ...], ...]
+    fetches_ahead: bool = True
 
     def compile(self, capability: int) -> CompiledKernel:
         """The kernel for a compute capability, 10 * major + minor; needs no GPU."""

@@ -243,8 +243,8 @@ def cases():
         yield check.__name__, check
 
 
-def main() -> None:
-    for name, check in cases():
+def run(cases) -> None:
+    for name, check in cases:
         torch.manual_seed(0)
         try:
             check()
@@ -255,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(cases()))
