@@ -46,7 +46,7 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], batches: Batches
         return hook
 
     # The plain path, because the fused operators run no hooks of the modules that they stand for.
-    with _evaluating(model), torch.no_grad(), plain_path():
+    with evaluating(model), torch.no_grad(), plain_path():
         handles = [module.register_forward_hook(watch(name)) for name, module in watched.items()]
         handles += [
             pretrained.register_forward_pre_hook(mask.remember, with_kwargs=True)
@@ -86,7 +86,8 @@ class _CurrentMask:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, `model` is in evaluation mode; afterwards every module is as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -32,8 +32,8 @@ def trained_layer(mode: str = "ema", *, bias: bool = True, **settings) -> tuple[
 
 
 def run(parts, x: torch.Tensor) -> torch.Tensor:
-    fields = parts.weight_codes, parts.weight_scale, parts.bias, float(parts.input_scale), float(parts.output_scale)
-    return reference.int8_linear(*fields)(x)
+    steps = float(parts.input_scale), float(parts.output_scale), parts.input_zero_point
+    return reference.int8_linear(parts.weight_codes, parts.weight_scale, parts.bias, *steps)(x)
 
 
 @pytest.mark.parametrize("requantize", [True, False])

@@ -33,8 +33,9 @@ def test_names_parameters_and_ties_stay(class_name):
 def test_every_linear_of_the_paper_is_found(class_name):
     model = prepare_qat(tiny(class_name))
     plain = [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)]
-    # ELECTRA's embedding projection and MPNet's position buckets have no counterpart in Q8BERT.
-    assert all(n.endswith(("embeddings_project", "relative_attention_bias")) for n in plain), plain
+    # ELECTRA's and ALBERT's embedding projections and MPNet's position buckets have no counterpart in Q8BERT.
+    others = ("embeddings_project", "embedding_hidden_mapping_in", "relative_attention_bias")
+    assert all(n.endswith(others) for n in plain), plain
     layers = [r.op for r in find_roles(model)]
     assert all(
         layers.count(op) == 2 for op in ("attention_query", "attention_output", "ffn_intermediate", "ffn_output")

@@ -1,8 +1,10 @@
 """What is pruned, and in which shape: frozen, versioned, JSON both ways."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from bertkern.versioned import Versioned
 
 CRITERIA = ("magnitude", "random")
 SCOPES = ("matrix", "global")
@@ -11,8 +13,8 @@ AXES = ("rows", "columns")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """What all kinds of pruning have in common; the kinds are its subclasses.
+class PruneConfig(Versioned):
+    """What all kinds of pruning have in common; the kinds are its subclasses, and its `from_dict` reads every kind.
 
     The weights of linear layers in the body of a transformers model are pruned (in a model without any, of all linear
     layers); biases and LayerNorms never are. Layers beside a transformers model, such as the Dense of a
@@ -40,13 +42,10 @@ class PruneConfig:
     seed: int = 0
     version: int = 1
 
-    KIND: ClassVar[str] = ""
-
     def __post_init__(self) -> None:
         if not self.KIND:
             raise TypeError(f"PruneConfig: expected one of its kinds, such as {BlockPruneConfig.__name__}.")
-        if type(self.version) is not int or self.version != 1:
-            raise ValueError(f"{self._name}: expected version 1. Got {self.version!r}.")
+        super().__post_init__()
         for name in ("embeddings", "pooler", "head"):
             self._expect_one_of(name, (True, False))
         self._expect_one_of("criterion", CRITERIA)
@@ -67,50 +66,9 @@ class PruneConfig:
         """
         raise NotImplementedError
 
-    def to_dict(self) -> dict[str, Any]:
-        """A dict of JSON values that `from_dict` reads."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {"kind": self.KIND, **values}
-
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PruneConfig":
-        """The config of `to_dict`'s record; `PruneConfig.from_dict` reads every kind.
-
-        Raises:
-            ValueError: an unknown kind, version or field, or a value that is not allowed.
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{cls.__name__}: expected a mapping. Got {type(values).__name__}.")
-        values = dict(values)
-        kinds = {cls.KIND: cls} if cls.KIND else {kind.KIND: kind for kind in KINDS}
-        kind = values.pop("kind", cls.KIND)
-        if kind not in kinds:
-            raise ValueError(f'{cls.__name__}: expected kind "{" or ".join(sorted(kinds))}". Got {kind!r}.')
-        cls = kinds[kind]
-        # The version comes first: a newer record may well have fields that this one does not know.
-        if "version" in values and values["version"] != 1:
-            raise ValueError(f"{cls.__name__}: expected version 1. Got {values['version']!r}.")
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{cls.__name__}: expected fields among {sorted(known)}. Got {unknown}.")
-        if "sparsity" in known and "sparsity" not in values:
-            raise ValueError(f"{cls.__name__}: expected a sparsity. Got none.")
-        return cls(**values)
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
-
-    def _expect_one_of(self, name: str, allowed: tuple) -> None:
-        value = getattr(self, name)
-        if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
-            raise ValueError(f"{self._name}: expected {name} to be one of {allowed}. Got {value!r}.")
-
-    def _expect_whole(self, name: str, low: int, high: float = float("inf")) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or not low <= value <= high:
-            bounds = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise ValueError(f"{self._name}: expected {name} to be a whole number {bounds}. Got {value!r}.")
+    def _kinds(cls) -> tuple[type["PruneConfig"], ...]:
+        return (cls,) if cls.KIND else KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +109,6 @@ class _ToSparsity(PruneConfig):
             if names_it(pattern):
                 return sparsity, True
         return self.sparsity, False
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "overrides": [list(pair) for pair in self.overrides]}
-
-    def _expect_share(self, name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{self._name}: expected {name} to be a number from 0 to 1. Got {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

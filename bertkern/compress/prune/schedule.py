@@ -1,12 +1,13 @@
 """How the sparsity grows while a model trains."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bertkern.versioned import Versioned, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSchedule:
+class PruneSchedule(Versioned):
     """When masks grow, and how far, counted in optimizer steps that are done.
 
     At the steps t = begin, begin + frequency, ... and end, a matrix with the final sparsity s_f gets
@@ -52,19 +53,13 @@ class PruneSchedule:
         return cls(begin=step, end=step)
 
     def __post_init__(self) -> None:
-        if type(self.version) is not int or self.version != 1:
-            raise ValueError(f"PruneSchedule: expected version 1. Got {self.version!r}.")
+        super().__post_init__()
         for name, low in (("begin", 0), ("end", 0), ("frequency", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < low:
-                raise ValueError(
-                    f"PruneSchedule: expected {name} to be a whole number of at least {low}. Got {value!r}."
-                )
+            self._expect_whole(name, low)
         if self.end < self.begin:
             raise ValueError(f"PruneSchedule: expected end to be at least begin = {self.begin}. Got {self.end}.")
-        if not _is_number(self.initial) or not 0 <= self.initial <= 1:
-            raise ValueError(f"PruneSchedule: expected initial to be a number from 0 to 1. Got {self.initial!r}.")
-        if not _is_number(self.exponent) or not 0 < self.exponent < float("inf"):
+        self._expect_share("initial", self.initial)
+        if not is_number(self.exponent) or not 0 < self.exponent < float("inf"):
             raise ValueError(f"PruneSchedule: expected exponent to be a number above 0. Got {self.exponent!r}.")
 
     def sparsity(self, step: int, final: float) -> float:
@@ -86,31 +81,3 @@ class PruneSchedule:
         if step < self.begin:
             return None
         return self.end if step >= self.end else step - (step - self.begin) % self.frequency
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dict of JSON values that `from_dict` reads."""
-        return {"kind": self.KIND, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PruneSchedule":
-        """The schedule of `to_dict`'s record.
-
-        Raises:
-            ValueError: an unknown kind, version or field, or a value that is not allowed.
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"PruneSchedule: expected a mapping. Got {type(values).__name__}.")
-        values = dict(values)
-        kind = values.pop("kind", cls.KIND)
-        if kind != cls.KIND:
-            raise ValueError(f'PruneSchedule: expected kind "{cls.KIND}". Got {kind!r}.')
-        if "version" in values and values["version"] != 1:
-            raise ValueError(f"PruneSchedule: expected version 1. Got {values['version']!r}.")
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"PruneSchedule: expected fields among {sorted(known)}. Got {unknown}.")
-        return cls(**values)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from bertkern import plan
 from bertkern.nn import PackedLinear
+from bertkern.record import RECORD
 
 from .config import NmPruneConfig, PruneConfig, RowColumnPruneConfig
 
-# The attribute of a swapped model that holds its record; see swap.Record.
-RECORD = "_bertkern"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from bertkern.formats.int8 import SIGNED
+
 from .fake_quant import rounded_bias, step_of
 from .modules import FakeQuantEmbedding, FakeQuantLinear
 from .roles import pretrained_models
@@ -19,7 +21,8 @@ class Int8Parts:
     """The tensors of an int8 linear, as bertkern.nn.Int8Linear stores them: scales are steps, w = code * scale.
 
     weight_codes int8 [N, K] in [-127, 127]; weight_scale fp32 [1]; bias fp32 [N] or None; input_scale fp32 scalar
-    (0 = dynamic per token); output_scale fp32 scalar (0 = the output is not requantized).
+    (0 = dynamic per token); input_zero_point (with dynamic ranges 128: they are symmetric, as the simulated ones);
+    output_scale fp32 scalar (0 = the output is not requantized).
     """
 
     weight_codes: Tensor
@@ -27,6 +30,13 @@ class Int8Parts:
     bias: Tensor | None
     input_scale: Tensor
     output_scale: Tensor
+    input_zero_point: int = 0
+
+    @classmethod
+    def dynamic(cls, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> "Int8Parts":
+        """Of mode "dynamic": ranges per token, symmetric."""
+        zero = torch.zeros((), device=weight_codes.device)
+        return cls(weight_codes, weight_scale, bias, zero, zero.clone(), input_zero_point=SIGNED)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -35,9 +45,9 @@ def convert(model: nn.Module) -> nn.Module:
     The codes of weights and tables are those that training saw, static ranges become static input and output steps, and
     biases keep the rounding to 32 bits that the simulation gave them. So each layer, and a model of them, gives the
     bits of the simulated one while sums of products stay below 2^24; else each layer is within one code. Mode "dynamic"
-    becomes dynamic per token, without requantized outputs: the simulation takes the range of the whole batch instead,
-    which is coarser and depends on the company a sequence stands in. Layers of mode "none" become plain ones again.
-    Tied tables and decoders share their codes.
+    becomes dynamic per token, symmetric, without requantized outputs: the simulation takes the range of the whole batch
+    instead, which is coarser and depends on the company a sequence stands in. Layers of mode "none" become plain ones
+    again. Tied tables and decoders share their codes.
 
     The layers run on the kernels one by one; `bertkern.accelerate(model)` then fuses the encoder, whose LayerNorm and
     attention differ from torch's in last bits. Where that moves a value across the border of two codes, what follows is
@@ -80,14 +90,13 @@ def convert(model: nn.Module) -> nn.Module:
 def linear_parts(layer: FakeQuantLinear) -> Int8Parts:
     """The int8 form of one layer whose ranges are known."""
     weight_codes, weight_scale = _codes(layer)
-    zero = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
     bias = None if layer.bias is None else layer.bias.detach().float().clone()
     if layer.settings.mode == "dynamic":
-        return Int8Parts(weight_codes, weight_scale, bias, zero, zero.clone())
+        return Int8Parts.dynamic(weight_codes, weight_scale, bias)
     input_scale = _step(layer.input_thresh)
     if bias is not None:
         bias = rounded_bias(bias, input_scale * weight_scale)
-    output_scale = _step(layer.output_thresh) if layer.settings.requantize_output else zero
+    output_scale = _step(layer.output_thresh) if layer.settings.requantize_output else torch.zeros_like(input_scale)
     return Int8Parts(weight_codes, weight_scale, bias, input_scale, output_scale)
 
 
@@ -100,6 +109,7 @@ def int8_linear(parts: Int8Parts) -> nn.Module:
         parts.weight_scale,
         parts.bias,
         input_scale=parts.input_scale,
+        input_zero_point=parts.input_zero_point,
         output_scale=parts.output_scale,
     )
 

@@ -38,6 +38,17 @@ _DISTILBERT = {
     "ffn_intermediate": r"transformer\.layer\.\d+\.ffn\.lin1",
     "ffn_output": r"transformer\.layer\.\d+\.ffn\.lin2",
 }
+_ALBERT_LAYER = r"encoder\.albert_layer_groups\.\d+\.albert_layers\.\d+"
+_ALBERT = {
+    **_EMBEDDINGS,
+    "attention_query": rf"{_ALBERT_LAYER}\.attention\.query",
+    "attention_key": rf"{_ALBERT_LAYER}\.attention\.key",
+    "attention_value": rf"{_ALBERT_LAYER}\.attention\.value",
+    "attention_output": rf"{_ALBERT_LAYER}\.attention\.dense",
+    "ffn_intermediate": rf"{_ALBERT_LAYER}\.ffn",
+    "ffn_output": rf"{_ALBERT_LAYER}\.ffn_output",
+    "pooler": r"pooler",
+}
 FAMILIES = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -45,6 +56,7 @@ FAMILIES = {
     "electra": _BERT,
     "distilbert": _DISTILBERT,
     "mpnet": _MPNET,
+    "albert": _ALBERT,
 }
 
 

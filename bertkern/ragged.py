@@ -1,0 +1,93 @@
+"""The record of what the layers of a model have lost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class RaggedConfig:
+    """What layers of a float model have lost: the `quantization_config` to load it with, and the record in its config.
+
+    Handed to `from_pretrained`, it loads checkpoints of transformers 4 that have `pruned_heads`, and those of
+    nn_pruning; what `save_pretrained` writes here loads without it.
+
+    Attributes:
+        widths: by name of a layer in the base model, the "heads" that it has, numbered as in the whole model, and the
+            number of "units" of its feed-forward; left out, all of them. Empty: what the checkpoint's config says.
+        version: of this record; a file of an unknown version is refused.
+
+    Example:
+        >>> RaggedConfig({"encoder.layer.0": {"heads": [0, 5]}}).to_dict()["widths"]
+        {'encoder.layer.0': {'heads': [0, 5]}}
+    """
+
+    widths: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    version: int = 1
+
+    KIND: ClassVar[str] = "ragged"
+    # What transformers asks of an object handed to from_pretrained(quantization_config=...).
+    quant_method: ClassVar[str] = "bertkern"
+
+    def __post_init__(self) -> None:
+        if type(self.version) is not int or self.version != 1:
+            raise ValueError(f"RaggedConfig: expected version 1. Got {self.version!r}.")
+        object.__setattr__(self, "widths", checked_widths("RaggedConfig", self.widths))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of JSON values that `from_dict` reads."""
+        return {"kind": self.KIND, "widths": checked_widths("RaggedConfig", self.widths), "version": self.version}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RaggedConfig":
+        """The config of `to_dict`'s record.
+
+        Raises:
+            ValueError: an unknown kind, version or field, or a value that is not allowed.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"RaggedConfig: expected a mapping. Got {type(values).__name__}.")
+        values = dict(values)
+        kind = values.pop("kind", cls.KIND)
+        if kind != cls.KIND:
+            raise ValueError(f'RaggedConfig: expected kind "{cls.KIND}". Got {kind!r}.')
+        # The version comes first: a newer record may well have fields that this one does not know.
+        if "version" in values and values["version"] != 1:
+            raise ValueError(f"RaggedConfig: expected version 1. Got {values['version']!r}.")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"RaggedConfig: expected fields among {sorted(known)}. Got {unknown}.")
+        return cls(**values)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a config's `quantization_config` is the record of a ragged float model."""
+    values = value if isinstance(value, Mapping) else value.to_dict() if hasattr(value, "to_dict") else {}
+    return (values.get("quant_method"), values.get("kind")) == (RaggedConfig.quant_method, RaggedConfig.KIND)
+
+
+def checked_widths(caller: str, widths: Any) -> dict[str, dict[str, Any]]:
+    """A copy of widths as JSON values; raises ValueError where they are none, whatever the model."""
+
+    def wrong(expected: str, got: Any) -> ValueError:
+        return ValueError(f"{caller}: expected {expected}. Got {got!r}.")
+
+    if not isinstance(widths, Mapping) or not all(isinstance(name, str) for name in widths):
+        raise wrong("widths by name of the layer", widths)
+    made = {}
+    for name, width in widths.items():
+        if not isinstance(width, Mapping) or not set(width) <= {"heads", "units", "bias"}:
+            raise wrong(f"heads, units and bias of {name}", width)
+        width = dict(width)
+        if "heads" in width:
+            heads = width["heads"]
+            right = isinstance(heads, (list, tuple)) and all(type(head) is int and head >= 0 for head in heads)
+            if not right or list(heads) != sorted(set(heads)):
+                raise wrong(f"heads of {name} to be ascending, from 0", heads)
+            width["heads"] = list(heads)
+        if "units" in width and (type(width["units"]) is not int or width["units"] < 1):
+            raise wrong(f"units of {name} to be at least 1", width["units"])
+        if type(width.get("bias", True)) is not bool:
+            raise wrong(f"bias of {name} to be True or False", width["bias"])
+        made[name] = width
+    return made
