@@ -202,7 +202,7 @@ def test_a_failure_leaves_the_output_as_it_was(before, capsys, tiny_model, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_save_tokenizer", interrupted)
+        patch.setattr("bertkern.cli.models._save_tokenizer", interrupted)
         status, _, err = run(capsys, "quantize", str(tiny_model), str(out), "--force")
     assert (status, err) == (130, "bertkern: interrupted\n")
     assert [file.name for file in (tmp_path / "deep").iterdir()] == (["int8"] if before else [])
@@ -330,7 +330,7 @@ def test_an_unexpected_error_is_one_line_too(capsys, monkeypatch, tiny_model):
     def fail(*_):
         raise AssertionError("first\nsecond")
 
-    monkeypatch.setattr(cli, "_check_fit", fail)
+    monkeypatch.setattr("bertkern.cli.models._check_fit", fail)
     status, _, err = run(capsys, "inspect", str(tiny_model))
     assert (status, err) == (1, "bertkern: AssertionError: first (BERTKERN_VERBOSE=1 shows all of it)\n")
     monkeypatch.setenv("BERTKERN_VERBOSE", "1")
