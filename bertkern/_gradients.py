@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _lib  # noqa: F401  (registers the operators)
+from .formats.groupwise import read_rows
 
 _LIBRARY = torch.library.Library("bertkern", "FRAGMENT")
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (  # in the order of _ops.ACTIVATIONS
@@ -28,6 +29,8 @@ _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (  # in the order of _ops
     torch.tanh,
     F.silu,
 )
+# Arguments of operators that no parameter went into.
+_INPUTS = ("x", "head_mask")
 # Tensors that one layer of the encoder is made from: weight and bias of six linears and of two norms.
 PER_LAYER = 16
 
@@ -79,8 +82,8 @@ def _linear(
     return y if residual is None else y + residual.float().view_as(y)
 
 
-def _linear_from(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+def _linear_from(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, activation: int = 0) -> Tensor:
+    return _ACTIVATIONS[activation](F.linear(x.float(), weight.float(), None if bias is None else bias.float()))
 
 
 def _qgemm(
@@ -114,7 +117,8 @@ def _embed_from(
 ) -> Tensor:
     rows = torch.zeros(())
     for index, table, scale, skip in zip(ids, tables, scales, padding, strict=True):
-        found = F.embedding(index, table, None if skip < 0 else skip).float()
+        found = F.embedding(index, table, None if skip < 0 else skip)
+        found = read_rows(found, weight.numel()) if table.dtype == torch.uint8 else found.float()
         rows = rows + found * (scale if scale.numel() == 1 else scale[index].unsqueeze(-1))
     return _add_layernorm(rows, None, weight, bias, eps)
 
@@ -131,11 +135,105 @@ def _embed(
     return _embed_from(ids, tables, scales, weight, bias, eps, out_dtype, [-1] * len(ids))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scores: Tensor | None) -> Tensor:
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    key_counts: Tensor | None = None,
+    bias: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    scale: float = 0.0,
+    causal: bool = False,
+) -> Tensor:
+    ends, parts = cu_seqlens.tolist(), []
+    counts = [None] * (len(ends) - 1) if key_counts is None else key_counts.tolist()
+    for i, (begin, end, count) in enumerate(zip(ends[:-1], ends[1:], counts, strict=True)):
+        heads = [part[begin:end].float().transpose(0, 1) for part in (q, k, v)]
+        length = end - begin
+        keys = torch.arange(length) < (length if count is None else count)
+        scores = torch.zeros(1, length, length)
+        if bias is not None:
+            scores = bias[i if bias.shape[0] > 1 else 0, :, :length, :length].float()
+        if causal:
+            keys = keys & torch.ones(length, length, dtype=torch.bool).tril()
+        silent = ~keys.expand(length, length).any(-1, keepdim=True)
+        scores = scores.masked_fill(~keys & ~silent, -torch.inf)
+        silent = silent | (scores == -torch.inf).all(-1, keepdim=True)
+        context = F.scaled_dot_product_attention(
+            *heads, attn_mask=scores.masked_fill(silent, 0).expand(len(heads[0]), -1, -1), scale=scale or None
+        ).masked_fill(silent, 0)
+        if head_mask is not None:
+            context = context * head_mask[i, :, None, None]
+        parts.append(context.transpose(0, 1))
+    return torch.cat(parts) if parts else torch.zeros_like(q, dtype=torch.float32)
+
+
+def _qattention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    cu_seqlens: Tensor,
+    key_counts: Tensor | None = None,
+    bias: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    scale: float = 0.0,
+    causal: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    q, k, v = (codes.float() * step.reshape(-1, 1, 1) for codes, step in ((q, q_scale), (k, k_scale), (v, v_scale)))
+    return _attention(q, k, v, cu_seqlens, key_counts, bias, head_mask, scale, causal)
+
+
+def _encoder_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scores: Tensor | None) -> Tensor:
     if not heads:
         return torch.zeros_like(q)
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=scores).transpose(1, 2).flatten(2)
+
+
+class _Padding:
+    """What a mask [B, L] means for an encoder; without one nothing is padding."""
+
+    def __init__(self, mask: Tensor | None, keep_padding: bool, empty_attends: bool) -> None:
+        self.real = self.dropped = self.silent = None
+        if mask is None:
+            return
+        self.real = mask != 0
+        empty = ~self.real.any(1, keepdim=True)
+        if not keep_padding:
+            # Behind the last token of a sequence that has any.
+            self.dropped = ((self.real.flip(1).cumsum(1).flip(1) == 0) & ~empty)[..., None]
+        if not empty_attends:
+            self.silent = empty[..., None]
+
+    def scores(self, bias: Tensor | None) -> Tensor | None:
+        """What is added to attention scores."""
+        if self.real is None:
+            return bias
+        hidden = torch.zeros(self.real.shape).masked_fill(~self.real, torch.finfo(torch.float32).min)[:, None, None]
+        return hidden if bias is None else bias + hidden
+
+    def without(self, x: Tensor) -> Tensor:
+        """Zeros where nothing is computed."""
+        return x if self.dropped is None else x.masked_fill(self.dropped, 0)
+
+    def heard(self, context: Tensor) -> Tensor:
+        """Zeros in sequences that attend to nothing."""
+        return context if self.silent is None else context.masked_fill(self.silent, 0)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """The rows of real tokens."""
+        return x.flatten(-3, -2) if self.real is None else x[..., self.real, :]
+
+
+def _scaled(context: Tensor, heads: int, factors: Tensor | None) -> Tensor:
+    if factors is None or not heads:
+        return context
+    return (context.unflatten(-1, (heads, -1)) * factors[:, None, :, None]).flatten(2)
 
 
 def _encoder_from(
@@ -151,36 +249,29 @@ def _encoder_from(
     keep_padding: bool,
     all_hidden_states: bool,
     empty_attends: bool,
+    exact_attention: bool = False,
+    head_mask: Tensor | None = None,
+    packed: bool = False,
 ) -> Tensor:
-    x, scores, dropped, silent = x.float(), position_bias, None, None
-    if mask is not None:
-        real = mask != 0
-        empty = ~real.any(1, keepdim=True)
-        if not keep_padding:
-            # Behind the last token of a sequence that has any.
-            dropped = ((real.flip(1).cumsum(1).flip(1) == 0) & ~empty)[..., None]
-            x = x.masked_fill(dropped, 0)
-        if not empty_attends:
-            silent = empty[..., None]
-        hidden = torch.zeros(real.shape).masked_fill(~real, torch.finfo(torch.float32).min)[:, None, None]
-        scores = hidden if scores is None else scores + hidden
+    x, padding = x.float(), _Padding(mask, keep_padding, empty_attends)
+    x, scores = padding.without(x), padding.scores(position_bias)
+    factors = [None] * len(heads) if head_mask is None else head_mask.split(list(heads), 1)
     states = []
     for i, count in enumerate(heads):
-        packed, tensors = linears[6 * i : 6 * i + 6], list(made_from[PER_LAYER * i : PER_LAYER * (i + 1)])
+        blobs, tensors = linears[6 * i : 6 * i + 6], list(made_from[PER_LAYER * i : PER_LAYER * (i + 1)])
         pairs = [
             (weight.float(), bias.float() if bias.numel() else None) if weight.numel() else _unpacked(blob)
-            for blob, weight, bias in zip(packed, tensors[0:12:2], tensors[1:12:2], strict=True)
+            for blob, weight, bias in zip(blobs, tensors[0:12:2], tensors[1:12:2], strict=True)
         ]
         norm = tensors[12:]
-        context = _attention(*(F.linear(x, *pair) for pair in pairs[:3]), count, scores)
-        if silent is not None:
-            context = context.masked_fill(silent, 0)
+        context = _encoder_attention(*(F.linear(x, *pair) for pair in pairs[:3]), count, scores)
+        context = _scaled(padding.heard(context), count, factors[i])
         y = _add_layernorm(F.linear(context, *pairs[3]), x, norm[0], norm[1], eps)
         inner = _ACTIVATIONS[activation](F.linear(y, *pairs[4]))
         x = _add_layernorm(F.linear(inner, *pairs[5]), y, norm[2], norm[3], eps)
         states.append(x)
     out = torch.stack(states) if all_hidden_states else x
-    return out if dropped is None else out.masked_fill(dropped, 0)
+    return padding.packed(out) if packed else padding.without(out)
 
 
 def _encoder(
@@ -195,10 +286,13 @@ def _encoder(
     keep_padding: bool = False,
     all_hidden_states: bool = False,
     empty_attends: bool = False,
+    exact_attention: bool = False,
+    head_mask: Tensor | None = None,
+    packed: bool = False,
 ) -> Tensor:
     nothing = torch.empty(0)
     made_from = [tensor for layer in norms for tensor in (*[nothing] * 12, *layer)]
-    flags = (keep_padding, all_hidden_states, empty_attends)
+    flags = (keep_padding, all_hidden_states, empty_attends, exact_attention, head_mask, packed)
     return _encoder_from(x, mask, position_bias, linears, norms, made_from, heads, activation, eps, *flags)
 
 
@@ -213,7 +307,7 @@ class _Backward:
     Args:
         name: of the operator, whose schema is known.
         plain: a function of the same arguments that autograd can follow.
-        owner: the argument whose owner is told that gradients were taken for more than the first argument.
+        owner: the argument whose owner is told that gradients were taken for more than `_INPUTS`.
     """
 
     def __init__(self, name: str, plain: Callable[..., Tensor], owner: str | None = None) -> None:
@@ -221,7 +315,8 @@ class _Backward:
         inputs = str(schema)[str(schema).index("(") + 1 : str(schema).rindex(") ->")]
         self.name, self.plain = name, plain
         self.lists = [str(argument.type) == "List[Tensor]" for argument in schema.arguments]
-        self.owner = [argument.name for argument in schema.arguments].index(owner) if owner else None
+        self.names = [argument.name for argument in schema.arguments]
+        self.owner = self.names.index(owner) if owner else None
         _LIBRARY.define(f"{name}_backward(Tensor grad, int[] wanted, {inputs}) -> Tensor[]")
         _LIBRARY.impl(f"{name}_backward", self.compute, "CompositeExplicitAutograd")
         torch.library.register_fake(f"bertkern::{name}_backward", self.shapes)
@@ -248,13 +343,22 @@ class _Backward:
         with torch.enable_grad():
             y = self.plain(*self.nested(flat, arguments))
         found = torch.autograd.grad(y, leaves, grad.to(y.dtype), allow_unused=True)
-        if self.owner is not None and list(wanted) != [0]:
+        if self.owner is not None and not set(wanted) <= self.inputs(arguments):
             owner = _owners.get(arguments[self.owner].data_ptr())
             if owner is not None:
                 owner.stale()
         # Two arguments may have one gradient, but results may not share memory.
         made = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
         return [g.clone(memory_format=torch.contiguous_format) for g in made]
+
+    def inputs(self, arguments: Sequence[Any]) -> set[int]:
+        """The places of `_INPUTS` among the flat arguments."""
+        found, place = set(), 0
+        for name, part, is_list in zip(self.names, arguments, self.lists, strict=False):
+            if name in _INPUTS:
+                found.add(place)
+            place += len(part) if is_list else 1
+        return found
 
     def shapes(self, grad: Tensor, wanted: Sequence[int], *arguments: Any) -> list[Tensor]:
         flat = self.flat(arguments)
@@ -304,9 +408,12 @@ _differentiable("linear", _linear)
 _differentiable("qgemm", _qgemm)
 _differentiable("add_layernorm", _add_layernorm)
 _differentiable("embed", _embed)
+_differentiable("attention", _attention)
+_differentiable("qattention", _qattention)
 _differentiable("encoder", _encoder)
 _rounds("quantize_rows")
 _rounds("qgemm_requantize")
+_rounds("attention_requantize")
 
 
 # --- operators that are told what their packed weights were made from --------------------------------------------
@@ -341,8 +448,10 @@ def _define_from(
 
 _define_from(
     "linear_from",
-    "Tensor x, Tensor packed, Tensor weight, Tensor? bias",
-    lambda x, packed, weight, bias: torch.ops.bertkern.linear.default(x, packed, weight.shape[0]),
+    "Tensor x, Tensor packed, Tensor weight, Tensor? bias, int activation=0",
+    lambda x, packed, weight, bias, activation=0: torch.ops.bertkern.linear.default(
+        x, packed, weight.shape[0], activation
+    ),
     _linear_from,
     owner="packed",
 )
@@ -356,7 +465,8 @@ _define_from(
 _define_from(
     "encoder_from",
     "Tensor x, Tensor? mask, Tensor? position_bias, Tensor[] linears, Tensor norms, Tensor[] made_from, int[] heads, "
-    "int activation, float eps, bool keep_padding, bool all_hidden_states, bool empty_attends",
+    "int activation, float eps, bool keep_padding, bool all_hidden_states, bool empty_attends, "
+    "bool exact_attention=False, Tensor? head_mask=None, bool packed=False",
     lambda *arguments: torch.ops.bertkern.encoder.default(*arguments[:5], *arguments[6:]),
     _encoder_from,
     owner="norms",

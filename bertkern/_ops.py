@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _gradients, _lib  # noqa: F401  (register gradients and the operators)
+from . import _gradients, _lib, _mobilebert  # noqa: F401  (register gradients and the operators)
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "silu": 5}
 
@@ -59,6 +59,20 @@ def _(crow, col, values, n, k, weight_scale, bias, input_scale=0.0, input_zero_p
     return values.new_empty(size, dtype=torch.uint8)
 
 
+@_shapes("pack_groupwise")
+def _(codes, scale, zero, bits, n, k, axis, group_size, bias, operand, input_scale=0.0, input_zero_point=0) -> Tensor:
+    if not isinstance(codes, FakeTensor):
+        raise RuntimeError("pack_groupwise: expected tensors with data, which decide the packed size. Got none.")
+    return codes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+@_shapes("unpack_groupwise")
+def _(packed, bits) -> Tensor:
+    if not isinstance(packed, FakeTensor):
+        raise RuntimeError("unpack_groupwise: expected packed weights with data, which hold their shape. Got none.")
+    return packed.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
 @_shapes("unpack_linear")
 def _(packed) -> tuple[Tensor, Tensor, Tensor]:
     raise RuntimeError("unpack_linear: expected packed weights with data, which hold their shape. Got none.")
@@ -101,6 +115,63 @@ def _(ids, tables, scales, weight, bias, eps, out_dtype=None) -> Tensor:
     return weight.new_empty((*ids[0].shape, weight.shape[0]), dtype=out_dtype or torch.float32)
 
 
+@_shapes("attention")
+def _(q, k, v, cu_seqlens, key_counts=None, bias=None, head_mask=None, scale=0.0, causal=False) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@_shapes("qattention")
+def _(
+    q,
+    k,
+    v,
+    q_scale,
+    k_scale,
+    v_scale,
+    cu_seqlens,
+    key_counts=None,
+    bias=None,
+    head_mask=None,
+    scale=0.0,
+    causal=False,
+    out_dtype=None,
+) -> Tensor:
+    return q.new_empty(q.shape, dtype=out_dtype or torch.float32)
+
+
+@_shapes("attention_requantize")
+def _(
+    q,
+    k,
+    v,
+    q_scale,
+    k_scale,
+    v_scale,
+    cu_seqlens,
+    key_counts=None,
+    bias=None,
+    head_mask=None,
+    scale=0.0,
+    causal=False,
+    out_scale=0.0,
+    out_zero_point=0,
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape, dtype=torch.uint8 if out_zero_point else torch.int8)
+    return out, q.new_empty(q.shape[0], dtype=torch.float32)
+
+
+def _encoded(op: str, x: Tensor, mask: Tensor | None, layers: int, all_hidden_states: bool, packed: bool) -> Tensor:
+    shape = x.shape
+    if packed:
+        tokens = x.shape[0] * x.shape[1]
+        if mask is not None:
+            if not isinstance(x, FakeTensor):
+                raise RuntimeError(f"{op}: expected a mask with data, which decides the packed size. Got none.")
+            tokens = torch.library.get_ctx().new_dynamic_size()
+        shape = (tokens, x.shape[2])
+    return x.new_empty((layers, *shape) if all_hidden_states else shape)
+
+
 @_shapes("encoder")
 def _(
     x,
@@ -114,5 +185,33 @@ def _(
     keep_padding=False,
     all_hidden_states=False,
     empty_attends=False,
+    exact_attention=False,
+    head_mask=None,
+    packed=False,
 ):
-    return x.new_empty((len(heads), *x.shape) if all_hidden_states else x.shape)
+    return _encoded("encoder", x, mask, len(heads), all_hidden_states, packed)
+
+
+@_shapes("mobilebert_encoder")
+def _(
+    x,
+    mask,
+    linears,
+    norms,
+    eps,
+    heads,
+    bottleneck,
+    activation,
+    keep_padding=False,
+    all_hidden_states=False,
+    empty_attends=False,
+    exact_attention=False,
+    head_mask=None,
+    packed=False,
+):
+    return _encoded("mobilebert_encoder", x, mask, len(heads), all_hidden_states, packed)
+
+
+@_shapes("trigram_embed")
+def _(ids, tables, scales, packed, weight, bias, eps=None, trigram=True, out_dtype=None) -> Tensor:
+    return weight.new_empty((*ids[0].shape, weight.shape[0]), dtype=out_dtype or torch.float32)

@@ -1,19 +1,30 @@
-"""Registers bertkern with transformers when transformers' registry of quantizers is imported, and not before:
-importing it costs seconds that a user of the operators need not spend."""
+"""Registers bertkern with transformers when the modules are imported that it registers with, and not before: importing
+transformers costs seconds that a user of the operators need not spend."""
 
 import importlib.abc
 import importlib.util
 import sys
 import warnings
+from importlib import import_module
 
-_REGISTRY = "transformers.quantizers.auto"
+# What is imported here as soon as transformers' own module is there, and what cannot be done where that fails.
+_HOOKS = {
+    "transformers.quantizers.auto": ("hf", "int8 models cannot be loaded"),
+    "transformers.modeling_utils": ("families._attention", 'attn_implementation="bertkern" is not known'),
+}
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
+    def __init__(self, names: list[str]) -> None:
+        self.names = set(names)
+
     def find_spec(self, name, path, target=None):
-        if name != _REGISTRY:
+        if name not in self.names:
             return None
-        sys.meta_path.remove(self)
+        # The other finders are asked for it, too.
+        self.names.discard(name)
+        if not self.names:
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return spec
@@ -21,19 +32,24 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module):
             execute(module)
+            own, lost = _HOOKS[name]
             try:
-                from . import hf  # noqa: F401
+                import_module(f"{__package__}.{own}")
             except ImportError as error:
                 # Whoever imports an old transformers need not know bertkern.
-                warnings.warn(f"bertkern: int8 models cannot be loaded by this transformers: {error}", stacklevel=2)
+                warnings.warn(f"bertkern: {lost} by this transformers: {error}", stacklevel=2)
 
         spec.loader.exec_module = execute_and_register
         return spec
 
 
 def register() -> None:
-    """Does it now if the registry is there already."""
-    if _REGISTRY in sys.modules:
-        from . import hf  # noqa: F401
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+    """Does it now for what is there already."""
+    later = []
+    for name, (own, _) in _HOOKS.items():
+        if name in sys.modules:
+            import_module(f"{__package__}.{own}")
+        else:
+            later.append(name)
+    if later:
+        sys.meta_path.insert(0, _WhenImported(later))

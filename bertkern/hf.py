@@ -1,4 +1,4 @@
-"""transformers knows bertkern's int8 models: save_pretrained, from_pretrained, Trainer, dequantize.
+"""transformers knows bertkern's int8 and ragged models: save_pretrained, from_pretrained, Trainer, dequantize.
 
 Importing this registers the quantizer; `import bertkern` sees to it as soon as transformers' own registry exists.
 """
@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .config import Int8Config
+from .ragged import RaggedConfig, checked_widths
 
 METHOD = "bertkern"
 _LINEAR = ("weight_codes", "weight_scale", "input_scale", "input_zero_point", "output_scale")
@@ -23,39 +24,58 @@ _TABLE = ("weight_codes", "weight_scale")
 
 @register_quantization_config(METHOD)
 class BertkernConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a config.json: Int8Config's fields beside `quant_method`, and `widths`.
+    """The `quantization_config` of a config.json: the fields of an Int8Config or RaggedConfig beside `quant_method`.
 
     Attributes:
-        widths: of layers with fewer heads or units than the model's config says, as `shrink.narrow` takes them.
+        config: that config.
+        widths: of layers with fewer heads or units than the model's config says, as `shrink.narrow` takes them; an int8
+            record has them beside the config's fields.
 
     Raises:
-        ValueError: a version or field that this release does not know.
+        ValueError: a version, kind, field or width that this release does not know.
     """
 
     def __init__(self, **fields: Any) -> None:
         fields.pop("quant_method", None)
         self.quant_method = METHOD
-        self.widths = fields.pop("widths", None) or {}
-        if not isinstance(self.widths, dict):
-            raise ValueError(f"Int8Config: expected widths by name of the layer. Got {self.widths!r}.")
-        self.config = Int8Config.from_dict(fields)
+        self.config: Int8Config | RaggedConfig
+        if fields.get("kind") == RaggedConfig.KIND:
+            self.config = RaggedConfig.from_dict(fields)
+            self.widths = self.config.widths
+            self.__class__ = _RaggedRecord
+        else:
+            self.widths = checked_widths("Int8Config", fields.pop("widths", None) or {})
+            self.config = Int8Config.from_dict(fields)
+            self.__class__ = _Int8Record
 
     def to_dict(self) -> dict[str, Any]:
         widths = {"widths": self.widths} if self.widths else {}
         return {"quant_method": METHOD, **self.config.to_dict(), **widths}
 
 
+class _Int8Record(BertkernConfig):
+    pass
+
+
+class _RaggedRecord(BertkernConfig):
+    pass
+
+
+# transformers takes a config beside the checkpoint's own only if their classes have the same name.
+_Int8Record.__name__, _RaggedRecord.__name__ = Int8Config.__name__, RaggedConfig.__name__
+
+
 @register_quantizer(METHOD)
 class BertkernQuantizer(HfQuantizer):
-    """Makes the int8 skeleton before transformers loads the tensors, and fuses it afterwards."""
+    """Makes the skeleton, ragged or int8, before transformers loads the tensors; fuses an int8 one afterwards."""
 
     # Training runs the plain path on dequantized weights; without these, Trainer refuses even to evaluate.
     is_trainable = True
     is_qat_trainable = True
     is_compileable = True
 
-    def __init__(self, quantization_config: BertkernConfig | Int8Config, **kwargs: Any) -> None:
-        if isinstance(quantization_config, Int8Config):
+    def __init__(self, quantization_config: BertkernConfig | Int8Config | RaggedConfig, **kwargs: Any) -> None:
+        if isinstance(quantization_config, (Int8Config, RaggedConfig)):
             quantization_config = BertkernConfig(**quantization_config.to_dict())
         super().__init__(quantization_config, **kwargs)
 
@@ -65,15 +85,23 @@ class BertkernQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        if self.pre_quantized:
-            narrow_to(model, self.quantization_config.widths)
-            self._ties = build_skeleton(model, self.quantization_config.config, checkpoint_files)
+        config = self.quantization_config.config
+        ragged = shape_as(model, self.quantization_config)
+        if self.pre_quantized and isinstance(config, Int8Config):
+            self._ties = build_skeleton(model, config, checkpoint_files)
+        elif ragged:
+            check_shapes(model, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from .swap import accelerate, quantize_
 
         config = self.quantization_config.config
+        fill_stand_ins(model)
+        if isinstance(config, RaggedConfig):
+            # A float model like any other, but for what its config records.
+            detach(model)
+            return model
         if not self.pre_quantized:
             model.is_quantized = False
             return quantize_(model, config)
@@ -96,11 +124,11 @@ def attach(model: nn.Module, config: Int8Config | None = None) -> None:
     Args:
         config: what it was made with; None: read from the modules. What stayed float against it goes into `skip`.
     """
-    from .shrink import ragged
+    from . import heads
 
-    widths = {name.removeprefix(f"{model.base_model_prefix}."): width for name, width in ragged(model).items()}
+    widths = heads.base_widths(model)
     quantizer = BertkernQuantizer(BertkernConfig(**describe(model, config).to_dict(), widths=widths))
-    for module in _pretrained(model):
+    for module in heads.pretrained(model):
         module.hf_quantizer = quantizer
         module.is_quantized = True
         module.quantization_method = METHOD
@@ -115,7 +143,9 @@ def attach(model: nn.Module, config: Int8Config | None = None) -> None:
 
 def detach(model: nn.Module) -> None:
     """Takes the marks of `attach` away from a model that is float again."""
-    for module in _pretrained(model):
+    from . import heads
+
+    for module in heads.pretrained(model):
         for name in (
             "hf_quantizer",
             "is_quantized",
@@ -130,6 +160,7 @@ def detach(model: nn.Module) -> None:
             module.config.__dict__.pop(name, None)
         module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    heads.record(model)
 
 
 def describe(model: nn.Module, config: Int8Config | None = None) -> Int8Config:
@@ -145,7 +176,7 @@ def describe(model: nn.Module, config: Int8Config | None = None) -> Int8Config:
             if all(module.weight_scale.numel() == 1 for module in quantized.values())
             else "per_channel",
             activation="static" if any(float(layer.input_scale) for layer in layers) else "dynamic",
-            activation_unsigned=any(int(layer.input_zero_point) for layer in layers),
+            activation_unsigned=any(float(layer.input_scale) and int(layer.input_zero_point) for layer in layers),
             embeddings=any(isinstance(module, Int8Embedding) for module in quantized.values()),
         )
     bare = replace(config, skip=(), keep_original=False)
@@ -154,20 +185,72 @@ def describe(model: nn.Module, config: Int8Config | None = None) -> Int8Config:
     return replace(bare, skip=tuple(sorted({*float_linears, *float_tables})))
 
 
-def narrow_to(model: nn.Module, widths: dict[str, Any]) -> None:
-    """Cuts a model without values to the widths of its checkpoint; names are those in the base model.
+def shape_as(model: nn.Module, record: BertkernConfig) -> bool:
+    """Gives a model without values the widths and norms that its checkpoint has: as recorded, or as transformers 4 did.
+
+    Returns:
+        Whether layers have other widths now.
 
     Raises:
-        ValueError: widths that the model cannot have.
+        ValueError: widths that the model cannot have, or a record that `pruned_heads` of transformers 4 contradict.
     """
-    if widths:
-        from .shrink import narrow
+    from . import heads
+    from .checkpoints import pruned_heads
 
-        own = model.base_model is model or not model.base_model_prefix
-        start = "" if own else f"{model.base_model_prefix}."
-        # transformers builds models under the meta device; what stays is counted on a real one.
-        with torch.device("cpu"):
-            narrow(model, {start + str(name): width for name, width in widths.items()})
+    gone = pruned_heads.heads_gone("from_pretrained", model, getattr(model.config, "pruned_heads", None))
+    widths, older = record.widths, heads.pruned_widths("from_pretrained", model, gone) if gone else {}
+    # Of an int8 model, more heads may be gone: those that added nothing.
+    if widths and older and isinstance(record.config, RaggedConfig):
+        every = list(range(model.config.num_attention_heads))
+        for name in sorted({*older, *widths}):
+            told = [kept.get(name, {}).get("heads", every) for kept in (older, widths)]
+            if told[0] != told[1]:
+                raise ValueError(
+                    f"from_pretrained: expected pruned_heads and quantization_config to agree on the heads of {name}. "
+                    f"Got {told[0]} and {told[1]}."
+                )
+    heads.narrow_to(model, widths or older)
+    if pruned_heads.without_norms(model.config):
+        heads.remove_norms(model)
+    return bool(widths or older)
+
+
+def check_shapes(model: nn.Module, files: Iterable[str] | None) -> None:
+    """Raises ValueError unless a checkpoint holds the tensors of a ragged float model, without values yet.
+
+    Heads of zeros that stand in for none may be there or not: where the file has matrices without rows or columns, so
+    has the model until `fill_stand_ins`.
+    """
+    from . import heads
+
+    if files is None:
+        return
+    found = _headers(files, model)
+    names = {id(module): name.removeprefix(f"{model.base_model_prefix}.") for name, module in model.named_modules()}
+    for linear, shapes in heads.headless(model):
+        for tensor, shape in shapes.items():
+            if found.get(f"{names[id(linear)]}.{tensor}", ("", []))[1] == shape:
+                linear._parameters[tensor] = nn.Parameter(torch.empty(shape, device="meta"))
+    _check_body(model, found, {name for tie in model.all_tied_weights_keys.items() for name in tie})
+
+
+def fill_stand_ins(model: nn.Module) -> None:
+    """Makes heads of zeros of those that a checkpoint left out; raises ValueError where one holds anything else."""
+    from . import heads
+
+    names = {id(module): name for name, module in model.named_modules()}
+    for linear, shapes in heads.headless(model):
+        for tensor in shapes:
+            tensor = tensor if tensor in linear._parameters or tensor == "bias" else "weight_codes"
+            value = getattr(linear, tensor)
+            if value.numel() == 0:
+                whole = (linear.out_features, linear.in_features)[: value.dim()]
+                setattr(linear, tensor, nn.Parameter(value.new_zeros(whole), value.requires_grad))
+            elif value.device.type != "meta" and bool((value != 0).any()):
+                raise ValueError(
+                    f"from_pretrained: expected {names[id(linear)]}.{tensor} to be zeros, as the config records no "
+                    "heads of this layer. Got others."
+                )
 
 
 def build_skeleton(model: nn.Module, config: Int8Config, files: Iterable[str] | None) -> dict[str, str]:
@@ -229,12 +312,6 @@ def refuse_resize(*args: Any, **kwargs: Any) -> None:
         "resize_token_embeddings: expected a float model. Got int8 embeddings: resize first, then quantize; "
         "bertkern.dequantize gives the nearest float model."
     )
-
-
-def _pretrained(model: nn.Module) -> list[nn.Module]:
-    from transformers import PreTrainedModel
-
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _drop_ties(model: nn.Module) -> None:

@@ -121,10 +121,27 @@ def pruned_by_hook(module: nn.Module) -> bool:
     return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
 
 
+def only_masked(module: nn.Module) -> bool:
+    """Whether `module` is an nn.Linear whose weight torch.nn.utils.prune computes, and that no other hook sees."""
+    hooks = [
+        hook
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+        )
+        for hook in hooks.values()
+    ]
+    return type(module) is nn.Linear and bool(hooks) and all(isinstance(hook, BasePruningMethod) for hook in hooks)
+
+
 def _obstacle(module: nn.Linear, above: list[nn.Module]) -> str:
     if type(module) not in (nn.Linear, PackedLinear, SparseLinear):
         return f"it is a {type(module).__name__}"
-    if "weight" not in module._parameters and not (isinstance(module, SparseLinear) or pruned_by_hook(module)):
+    # A plain layer takes the place of a masked one; a layer without a parent has none.
+    replaceable = isinstance(module, SparseLinear) or (above and only_masked(module))
+    if "weight" not in module._parameters and not replaceable:
         return "its weight is computed by a hook"
     for parent in above:
         if isinstance(parent, _READS_WEIGHTS):

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from .nn import Int8Embedding, Int8Linear, PackedLinear, SparseLinear
+from .record import record_of
 
-# The attribute of a swapped model that holds its record; see swap.Record.
-RECORD = "_bertkern"
 INT8 = "int8"
 
 
@@ -70,14 +69,13 @@ def report(model: nn.Module) -> Report:
         >>> report(nn.Sequential(nn.Linear(4, 2))).rows[0].runs
         'torch'
     """
-    record = getattr(model, RECORD, None)
-    left, kept = (record.left, record.kept) if record is not None else ({}, {})
-    forms = record.forms if record is not None else {}
+    record = record_of(model)
+    left, kept, forms = record.left, record.kept, record.forms
     rows, fallbacks = [], {}
     for name, module in model.named_modules():
         kind, why = type(module).__name__, left.get(name, "") or kept.get(name, "")
         if hasattr(module, "fell_back"):
-            rows.append(Row(name, kind, (), "one operator"))
+            rows.append(Row(name, kind, (), module.RUNS))
             fallbacks.update({f"{name}: {reason}": n for reason, n in getattr(module, "fallbacks", {}).items()})
         elif isinstance(module, (Int8Linear, Int8Embedding)):
             static = isinstance(module, Int8Linear) and bool(float(module.input_scale))

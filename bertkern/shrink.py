@@ -6,12 +6,16 @@ of the second matrix is zero. If only its row of the first is, it is the constan
 bias. NaN and Inf are not zero, and what holds one is never removed: 0 x NaN is the answer's NaN.
 
 `shrink` removes and returns a record, `unshrink` undoes it bit for bit, `full_state_dict` writes the checkpoint as if
-nothing had been removed, and `narrow` cuts a model without values to the widths of a ragged checkpoint.
+nothing had been removed, `narrow` cuts a model without values to the widths of a ragged checkpoint, and `take_heads`
+removes heads whatever they add.
+
+A layer that is to lose all its heads keeps one of zeros, which adds nothing: neither transformers' code nor the kernels
+run without. Its attention has `headless` set, and where heads are listed it has none.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -226,8 +230,8 @@ def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
     For models that a ragged checkpoint is about to be loaded into.
 
     Args:
-        widths: as of `Shrunk.widths`: by name of the layer, "heads" to keep and the number of "units"; "bias": whether
-            the second feed-forward matrix gets a bias that it does not have.
+        widths: as of `Shrunk.widths`: by name of the layer, "heads" to keep and the number of "units", where left out
+            all of them; "bias": whether the second feed-forward matrix gets a bias that it does not have.
 
     Raises:
         ValueError: names, heads or numbers that the model does not have, or layers that cannot be cut; the model is
@@ -238,7 +242,8 @@ def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
         {'encoder.layer.0': {'heads': [0, 5], 'units': 717}}
     """
     layers = {name: (layer, family) for name, layer, family in _layers(model)}
-    wanted = {}
+    wanted: dict[str, Kept] = {}
+    empty: list[str] = []
     for name, width in widths.items():
         if name not in layers:
             raise ValueError(f"narrow: expected layers of a known family. Got {name!r}.")
@@ -247,7 +252,10 @@ def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
             heads, _, units = _sizes(family.parts(layer))
         except (Unfit, AttributeError) as reason:
             raise ValueError(f"narrow: expected {name} to be a layer that can be cut. Got {reason}.") from None
-        wanted[name] = Kept(_heads_of(name, width, heads), tuple(range(_units_of(name, width, units))))
+        heads_left = _heads_of(name, width, heads)
+        wanted[name] = Kept(heads_left or (0,), tuple(range(_units_of(name, width, units))))
+        if not heads_left:
+            empty.append(name)
     obstacles = _obstacles(model, wanted)
     for name, reason in obstacles.items():
         raise ValueError(f"narrow: expected {name} to be a layer that can be cut. Got one that cannot: {reason}.")
@@ -258,7 +266,36 @@ def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
         if width.get("bias") and ffn2.bias is None and name in record.layers:
             ffn2.bias = nn.Parameter(ffn2.weight.new_zeros(ffn2.out_features), ffn2.weight.requires_grad)
             record.layers[name].fold = Fold(_slot_names(model, name, family)["ffn2"], None, ffn2.bias.detach().clone())
+    for name in empty:
+        _empty(*layers[name])
+        if name in record.layers:
+            record.layers[name].kept = replace(record.layers[name].kept, heads=())
     return record
+
+
+def take_heads(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+    """Cuts the attention of layers to some of its heads, in place, whatever the others add; not to be undone.
+
+    Hooks on projections stay where they are, and see narrower tensors.
+
+    Args:
+        model: with float modules.
+        kept: by name of the layer, which of the heads that it has now are left, ascending; maybe none.
+
+    Raises:
+        ValueError: layers that cannot be cut; the model is unchanged then.
+    """
+    layers = {name: (layer, family) for name, layer, family in _layers(model)}
+    wanted = {}
+    for name, heads in kept.items():
+        layer, family = layers[name]
+        wanted[name] = Kept(tuple(heads) or (0,), tuple(range(_sizes(family.parts(layer))[2])))
+    for name, reason in _obstacles(model, wanted, hooks=False).items():
+        raise ValueError(f"prune_heads: expected {name} to be a layer that can be cut. Got one that cannot: {reason}.")
+    _narrow(model, wanted, hooks=False)
+    for name, heads in kept.items():
+        if not heads:
+            _empty(*layers[name])
 
 
 def unshrink(model: nn.Module, record: Shrunk) -> nn.Module:
@@ -287,6 +324,8 @@ def unshrink(model: nn.Module, record: Shrunk) -> nn.Module:
             _put(model.get_submodule(layer.fold.module), "bias", tensors.pop(f"{layer.fold.module}.bias"))
         module, family = layers[name]
         family.set_heads(module, layer.numbers, layer.heads)
+        if layer.heads > 1:
+            family.parts(module).query[0].__dict__.pop("headless", None)
     return model
 
 
@@ -335,13 +374,22 @@ def ragged(model: nn.Module) -> dict[str, dict[str, Any]]:
         for name, layer, family in _layers(root):
             try:
                 parts = family.parts(layer)
-                have, _, wide = _sizes(parts, (nn.Linear, Int8Linear))
+                _, _, wide = _sizes(parts, (nn.Linear, Int8Linear))
             except (Unfit, AttributeError):
                 continue
-            if heads and units and (have < heads or wide < units):
-                kept = getattr(parts.query[0], "kept_heads", None) or range(have)
+            kept = numbers(parts)
+            if heads and units and (len(kept) < heads or wide < units):
                 made[f"{prefix}.{name}" if prefix else name] = {"heads": list(kept), "units": wide}
     return made
+
+
+def numbers(parts: LayerParts) -> tuple[int, ...]:
+    """Which of the heads that it was built with a layer still has, ascending; none where one of zeros stands in."""
+    attention = parts.query[0]
+    if getattr(attention, "headless", False):
+        return ()
+    kept = getattr(attention, "kept_heads", None)
+    return tuple(range(getattr(*parts.query).out_features // round(parts.scaling**-2))) if kept is None else kept
 
 
 def slices(model: nn.Module, found: Mapping[str, Found]) -> dict[str, tuple[int, Tensor]]:
@@ -449,12 +497,16 @@ def _constants(parts: LayerParts, units: Sequence[int]) -> Tensor:
         return getattr(*parts.activation)(x.double())
 
 
-def _narrow(model: nn.Module, wanted: Mapping[str, Kept]) -> Shrunk:
-    """Cuts the layers to what is wanted; what cannot be cut stays, with its reason in the record."""
+def _narrow(model: nn.Module, wanted: Mapping[str, Kept], hooks: bool = True) -> Shrunk:
+    """Cuts the layers to what is wanted; what cannot be cut stays, with its reason in the record.
+
+    Args:
+        hooks: see `_obstacles`.
+    """
     layers = {name: (layer, family) for name, layer, family in _layers(model)}
     record = Shrunk()
     wanted = {name: kept for name, kept in wanted.items() if _loses(kept, *layers[name])}
-    record.left = _obstacles(model, wanted)
+    record.left = _obstacles(model, wanted, hooks)
     for name, kept in wanted.items():
         if name in record.left:
             continue
@@ -463,7 +515,8 @@ def _narrow(model: nn.Module, wanted: Mapping[str, Kept]) -> Shrunk:
         heads, size, units = _sizes(parts)
         numbers = getattr(parts.query[0], "kept_heads", None)
         names = _slot_names(model, name, family)
-        entry = LayerCut(kept, heads, units, numbers, [])
+        headless = getattr(parts.query[0], "headless", False)
+        entry = LayerCut(replace(kept, heads=()) if headless else kept, heads, units, numbers, [])
         if kept.folded:
             entry.fold = _fold(parts, kept.folded, names["ffn2"])
         for slot, (dim, indices) in _slices(kept, heads, size, units).items():
@@ -492,8 +545,12 @@ def _loses(kept: Kept, layer: nn.Module, family: type[Any]) -> bool:
     return len(kept.heads) < heads or len(kept.units) < units
 
 
-def _obstacles(model: nn.Module, wanted: Mapping[str, Kept]) -> dict[str, str]:
-    """Why layers among the wanted ones cannot be cut, by name."""
+def _obstacles(model: nn.Module, wanted: Mapping[str, Kept], hooks: bool = True) -> dict[str, str]:
+    """Why layers among the wanted ones cannot be cut, by name.
+
+    Args:
+        hooks: whether a hook on a projection is such a reason, as where nobody has asked for the cut.
+    """
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     held = Counter(id(child) for module in model.modules() for child in module._modules.values())
     obstacles = {}
@@ -502,7 +559,7 @@ def _obstacles(model: nn.Module, wanted: Mapping[str, Kept]) -> dict[str, str]:
             continue
         parts = family.parts(layer)
         linears = [getattr(*slot) for slot in parts.linears()]
-        reasons = [_obstacle(linear) for linear in linears]
+        reasons = [_obstacle(linear, hooks) for linear in linears]
         twice = [module for module in layer.modules() if module is not layer and held[id(module)] > 1]
         if any(linear in module.modules() for module in twice for linear in linears):
             reasons.append("its projections are shared")
@@ -515,10 +572,11 @@ def _obstacles(model: nn.Module, wanted: Mapping[str, Kept]) -> dict[str, str]:
     return obstacles
 
 
-def _obstacle(linear: nn.Linear) -> str:
+def _obstacle(linear: nn.Linear, hooks: bool) -> str:
     if type(linear) not in (nn.Linear, PackedLinear):
         return f"a projection is {type(linear).__name__}"
-    if linear._forward_hooks or any(not isinstance(h, BasePruningMethod) for h in linear._forward_pre_hooks.values()):
+    before = linear._forward_pre_hooks.values()
+    if hooks and (linear._forward_hooks or any(not isinstance(hook, BasePruningMethod) for hook in before)):
         return "a projection has hooks"
     masked = "weight_orig" in linear._parameters and "weight_mask" in linear._buffers
     return "" if masked or "weight" in linear._parameters else "a weight is computed"
@@ -550,6 +608,19 @@ def _cut(linear: nn.Linear, name: str, dim: int, kept: Tensor) -> list[Cut]:
             _put(linear, tensor_name, part.index_select(dim, kept.to(part.device)))
     _settle(linear)
     return cuts
+
+
+def _empty(layer: nn.Module, family: type[Any]) -> None:
+    """Makes the only head of a layer one of zeros, which stands in for none."""
+    parts = family.parts(layer)
+    for slot in (parts.query, parts.key, parts.value, parts.out):
+        linear = getattr(*slot)
+        for name in ("weight", "weight_orig", *(() if slot is parts.out else ("bias", "bias_orig"))):
+            if linear._parameters.get(name) is not None:
+                _put(linear, name, torch.zeros_like(linear._parameters[name]))
+        _settle(linear)
+    family.set_heads(layer, (0,), 1)
+    parts.query[0].headless = True
 
 
 def _fold(parts: LayerParts, units: Sequence[int], name: str) -> Fold | None:
@@ -651,15 +722,15 @@ def _elementwise(activation: Any) -> bool:
 
 
 def _heads_of(name: str, width: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    heads = width.get("heads")
-    right = isinstance(heads, (list, tuple)) and bool(heads) and all(type(head) is int for head in heads)
-    if not right or list(heads) != sorted(set(heads)) or not 0 <= heads[0] <= heads[-1] < count:
+    heads = width.get("heads", range(count))
+    right = isinstance(heads, (list, tuple, range)) and all(type(head) is int for head in heads)
+    if not right or list(heads) != sorted(set(heads)) or not set(heads) <= set(range(count)):
         raise ValueError(f"narrow: expected heads of {name} to be ascending, from 0 to {count - 1}. Got {heads!r}.")
     return tuple(heads)
 
 
 def _units_of(name: str, width: Mapping[str, Any], count: int) -> int:
-    units = width.get("units")
+    units = width.get("units", count)
     if type(units) is not int or not 1 <= units <= count:
         raise ValueError(f"narrow: expected units of {name} to be from 1 to {count}. Got {units!r}.")
     return units

@@ -1,54 +1,32 @@
 """accelerate, quantize_, restore and dequantize: leaves are exchanged and classes changed, the module tree stays."""
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import mapped, shrink, tuning
+from . import mapped, tuning
 from . import plan as layers
 from .config import Int8Config
-from .nn import Int8Embedding, Int8Linear, PackedLinear, SparseLinear
-from .nn.encoder import Unfit
+from .nn import Int8Embedding, Int8Linear, SparseLinear
 from .nn.int8 import finite, input_step
-from .nn.sparse import DENSE, Form, densify, sparsify
+from .nn.sparse import DENSE
 from .ops import pack_linear, pack_qlinear
-
-# The attribute of a swapped model that holds its record.
-RECORD = "_bertkern"
-# The attribute of a transformers model that holds what `shrink` removed from it.
-SHRUNK = "_bertkern_shrunk"
-
-
-@dataclass
-class Record:
-    """What was done to a model, for the report and for `restore`.
-
-    Attributes:
-        kept: why linear layers kept their float weights, by name.
-        left: why modules were left to torch, by name.
-        attention: the attention implementation that a transformers model had before, by name of the model.
-        forms: in which form linear layers run, and why, by name.
-        masked: linear layers under torch.nn.utils.prune that others stand in for, by name.
-    """
-
-    kept: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    attention: dict[str, str | None] = field(default_factory=dict)
-    forms: dict[str, tuning.Choice] = field(default_factory=dict)
-    masked: dict[str, nn.Linear] = field(default_factory=dict)
+from .pruned import drop_dead, grow, unmask
+from .record import RECORD, Record, record_of
+from .sampling import rows_seen
+from .surgery import family_tables, fuse, pack, put, unfuse
 
 
 def accelerate(
     model: nn.Module,
-    sample: object = None,
+    sample: Any = None,
     *,
     keep_padding: bool = False,
+    exact_attention: bool = False,
     sparse: bool = True,
     plan: tuning.Plan | str | os.PathLike[str] | None = None,
     measure: bool = True,
@@ -61,8 +39,13 @@ def accelerate(
 
     Args:
         model: any module; transformers models inside are found.
-        sample: reserved for choices that need an input to measure.
+        sample: an input of the size that will be usual, as a tensor, a tuple of arguments or a mapping of keywords:
+            layers with zeros are timed at the rows that it brings them, instead of at 16 and 128. The model runs over
+            it once.
         keep_padding: whether positions after a sequence's last token are computed too; else they come back as zeros.
+        exact_attention: whether attention between bf16 (or int8) projections is computed in fp32. Else its operands and
+            probabilities are rounded to bf16 where the processor has AVX-512 BF16, sums stay fp32. Between fp32
+            projections it always is exact, and where a checkpoint prescribes requantized outputs.
         sparse: whether float weights may be kept as their nonzero blocks. They are parameters in training mode only
             then; False keeps every weight, so that gradients reach it in eval mode, too.
         plan: what `bertkern.plan_of` gave for this model, or the file where it was saved, instead of measuring.
@@ -77,33 +60,49 @@ def accelerate(
     Source: the fused layer is that of arXiv 1810.04805 (post-LayerNorm).
     """
     _expect_module("accelerate", model)
+    rows = {} if sample is None else rows_seen(model, sample)
+    return _run_by_kernels(model, rows, keep_padding, exact_attention, sparse, plan, measure)
+
+
+def _run_by_kernels(
+    model: nn.Module,
+    rows: Mapping[str, int],
+    keep_padding: bool,
+    exact_attention: bool,
+    sparse: bool,
+    plan: tuning.Plan | str | os.PathLike[str] | None,
+    measure: bool,
+) -> nn.Module:
+    """`accelerate`, the sample's rows by layer known."""
     known = tuning.usable(plan)
-    record = _record(model)
+    record = record_of(model)
     quantized = layers.int8_modules(model)
     if not quantized:
-        _unmask(model, record)
-        _shrink(model)
+        unmask(model, record.masked)
+        drop_dead(model)
     shared = _shared_weights(model)
     times = tuning.Times() if measure and known is None else None
     for choice in layers.choose(model, None):
         if choice.action == "packed":
-            form = _form(choice.name, choice.module, known, times, shared) if sparse else tuning.Choice(DENSE)
+            form = tuning.Choice(DENSE)
+            if sparse:
+                form = _form(choice.name, choice.module, known, times, shared, rows)
             record.forms[choice.name] = form
-            _pack_in_place(choice.module, form.form)
+            pack(choice.module, form.form)
             record.left.pop(choice.name, None)
         else:
             record.left[choice.name] = choice.reason
     for name, module in quantized.items():
         # Now, because torch.compile must find the packed weights when it traces.
         if isinstance(module, Int8Linear) and module.weight_scale.device.type == "cpu":
-            record.forms[name] = _form(name, module, known, times, shared)
+            record.forms[name] = _form(name, module, known, times, shared, rows)
             codes = module.weight_codes
             module.take_form(record.forms[name].form)
             module.packed()
             mapped.release(codes)  # the kernels read the packed copy
     if times is not None:
         times.save()
-    _fuse(model, record, keep_padding)
+    fuse(model, record, keep_padding, exact_attention)
     setattr(model, RECORD, record)
     if quantized:
         _mark_quantized(model, None)
@@ -122,7 +121,7 @@ def plan_of(model: nn.Module) -> tuning.Plan:
     _expect_module("plan_of", model)
     if getattr(model, RECORD, None) is None:
         raise ValueError("plan_of: expected an accelerated model. Got one that was not: call accelerate first.")
-    return tuning.Plan(dict(_record(model).forms))
+    return tuning.Plan(dict(record_of(model).forms))
 
 
 def quantize_(
@@ -131,8 +130,10 @@ def quantize_(
     *,
     calibration: Any = None,
     keep_padding: bool = False,
+    exact_attention: bool = False,
     plan: tuning.Plan | str | os.PathLike[str] | None = None,
     measure: bool = True,
+    sample: Any = None,
     **options: Any,
 ) -> nn.Module:
     """Exchanges linear layers and embedding tables for int8 ones, in place, and makes the rest run by the kernels.
@@ -146,7 +147,8 @@ def quantize_(
         config: what becomes int8.
         calibration: for activation "static": batches of the user's data, which the float model then runs over, or what
             `bertkern.calibrate` found on them.
-        keep_padding, plan, measure: see `accelerate`; zeros of a pruned model stay zeros and are skipped.
+        keep_padding, exact_attention, plan, measure, sample: see `accelerate`; zeros of a pruned model stay zeros and
+            are skipped.
         options: with batches, what `bertkern.calibrate` takes: tokenizer, observer, batch_size, progress.
 
     Returns:
@@ -187,6 +189,7 @@ def quantize_(
         if not finite(table.weight):
             raise ValueError(f"quantize_: expected {name}.weight to be finite. Got Inf or NaN.")
     ranges = _ranges(model, config, calibration, options)
+    rows = {} if sample is None else rows_seen(model, sample)
     for choice in choices:
         if config.activation == "static" and choice.action == "int8" and choice.name not in ranges:
             raise ValueError(f"quantize_: expected calibration to hold a range of {choice.name}. Got none.")
@@ -195,13 +198,13 @@ def quantize_(
     ties = _ties(model, names, table_names)
     # Nothing may hold a float weight any longer: each is freed as its int8 form takes its place.
     del choices, tables
-    record = Record(masked=_record(model).masked)
+    record = Record(masked=record_of(model).masked)
     unfuse(model)
     setattr(model, RECORD, record)
-    _unmask(model, record)
-    _shrink(model)
+    unmask(model, record.masked)
+    drop_dead(model)
     exchange(model, config, names, table_names, ties, ranges)
-    accelerate(model, keep_padding=keep_padding, plan=plan, measure=measure)
+    _run_by_kernels(model, rows, keep_padding, exact_attention, True, plan, measure)
     getattr(model, RECORD).kept = kept
     _mark_quantized(model, config)
     return model
@@ -250,11 +253,11 @@ def exchange(
     for name in linears:
         if name not in ties:
             linear = model.get_submodule(name)
-            _put(model, name, Int8Linear.from_linear(linear, config, input_range=ranges.get(name)))
+            put(model, name, Int8Linear.from_linear(linear, config, input_range=ranges.get(name)))
             mapped.release(linear.weight)
     for name in tables:
         table = model.get_submodule(name)
-        _put(model, name, Int8Embedding.from_embedding(table, config))
+        put(model, name, Int8Embedding.from_embedding(table, config))
         mapped.release(table.weight)
     linear = table = None  # the last ones are freed, too
     for name, source in ties.items():
@@ -268,41 +271,7 @@ def exchange(
         ).train(linear.training)
         layer.share(table)
         layer.original = (linear,) if config.keep_original else None
-        _put(model, name, layer)
-
-
-def unfuse(model: nn.Module) -> None:
-    """Gives fused modules and packed layers their classes back."""
-    fused = _fused_class()
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.__dict__.pop("_packed", None)
-            module.__class__ = nn.Linear
-        elif isinstance(module, SparseLinear):
-            densify(module)
-        elif fused is not None and isinstance(module, fused):
-            module.unfuse()
-            module.__class__ = module.unfused()
-    record = getattr(model, RECORD, None)
-    for name, root in layers.pretrained_roots(model).items():
-        if record is not None and name in record.attention:
-            from .families._attention import NAMES
-
-            if root.config._attn_implementation in NAMES.values():
-                root.config._attn_implementation_internal = record.attention[name]
-    if record is not None:
-        delattr(model, RECORD)
-
-
-def family_tables(model: nn.Module) -> list[str]:
-    """The names of the embedding tables that known families sum up in their embeddings."""
-    names = []
-    for prefix, root in layers.pretrained_roots(model).items():
-        for name, module, fused_class in _family_modules(root):
-            for table in getattr(fused_class, "TABLES", ()):
-                if type(getattr(module, table)) is nn.Embedding:
-                    names.append(".".join(part for part in (prefix, name, table) if part))
-    return names
+        put(model, name, layer)
 
 
 def _ranges(
@@ -326,91 +295,31 @@ def _tables(model: nn.Module, config: Int8Config) -> dict[str, nn.Embedding]:
     return {name: model.get_submodule(name) for name in names}
 
 
-def _family_modules(root: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
-    """The modules of `root` that have a fused class, fused or not: name, module and that class."""
-    from .families import classes_of
-
-    classes = classes_of(getattr(root.config, "model_type", "") or "")
-    fused = set(classes.values())
-    return [
-        (name, module, classes.get(type(module), type(module)))
-        for name, module in root.named_modules()
-        if type(module) in classes or type(module) in fused
-    ]
-
-
-def _fuse(model: nn.Module, record: Record, keep_padding: bool) -> None:
-    for prefix, root in layers.pretrained_roots(model).items():
-        from .families._attention import NAMES
-
-        fused_encoder = False
-        attention = record.attention.get(prefix, root.config._attn_implementation)
-        # Layers before the encoder that holds them: it asks them for their parts.
-        found = sorted(_family_modules(root), key=lambda item: -item[0].count("."))
-        for name, module, fused_class in found:
-            path = ".".join(part for part in (prefix, name) if part)
-            module.__class__ = fused_class
-            try:
-                module.fuse()
-            except Unfit as reason:
-                module.unfuse()
-                module.__class__ = fused_class.unfused()
-                record.left[path] = str(reason)
-                continue
-            record.left.pop(path, None)
-            if keep_padding:
-                module.keep_padding = True
-            if attention == "eager":
-                module.empty_attends = True
-            fused_encoder = fused_encoder or hasattr(module, "layers")
-        wants_attentions = getattr(root.config, "output_attentions", False)
-        if fused_encoder and not wants_attentions and root.config._attn_implementation in NAMES:
-            record.attention[prefix] = root.config._attn_implementation
-            root.config._attn_implementation_internal = NAMES[root.config._attn_implementation]
-
-
-def _fused_class() -> type | None:
-    families = sys.modules.get("bertkern.families._fused")
-    return None if families is None else families.Fused
-
-
-def _pack_in_place(linear: nn.Linear, form: Form) -> None:
-    if isinstance(linear, SparseLinear):
-        if linear.form == form:
-            return
-        densify(linear)
-    if form != DENSE:
-        weight = linear.weight
-        sparsify(linear, form)
-        mapped.release(weight)
-        return
-    linear.__class__ = PackedLinear
-    if linear.weight.device.type == "cpu":
-        linear.packed()
-
-
 def _form(
-    name: str, module: nn.Module, known: tuning.Plan | None, times: tuning.Times | None, shared: set[int]
+    name: str,
+    module: nn.Module,
+    known: tuning.Plan | None,
+    times: tuning.Times | None,
+    shared: set[int],
+    rows: Mapping[str, int],
 ) -> tuning.Choice:
     """In which form the layer `name` is to run."""
-    if (
-        isinstance(module, (Int8Linear, SparseLinear))
-        and module.form != DENSE
-        and (known is None or name not in known.layers)
-    ):
+    at = (rows[name],) if rows.get(name) else tuning.ROWS
+    given = None if known is None else known.layers.get(name)
+    if given is None and isinstance(module, (Int8Linear, SparseLinear)) and module.form != DENSE:
         return tuning.Choice(module.form)
     weight = module.weight_codes if isinstance(module, Int8Linear) else module.weight
     if weight.device.type != "cpu" or weight.data_ptr() in shared:
         return tuning.Choice(DENSE)
-    if known is not None and name in known.layers:
-        return known.layers[name]
+    if given is not None and tuning.fits(given.form, weight):
+        return given
     if isinstance(module, Int8Linear):
         codes, scale, bias = weight.detach(), module.weight_scale, module.bias
-        return tuning.choose(codes, lambda: pack_qlinear(codes, scale, bias), scale, times)
+        return tuning.choose(codes, lambda: pack_qlinear(codes, scale, bias), scale, times, at)
     dense = weight.detach()
     if dense.dtype == torch.float16:
         dense = dense.float()
-    return tuning.choose(dense, lambda: pack_linear(dense.contiguous(), None), None, times)
+    return tuning.choose(dense, lambda: pack_linear(dense.contiguous(), None), None, times, at)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -424,88 +333,19 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {address for address, count in holders.items() if count > 1}
 
 
-def _shrink(model: nn.Module) -> None:
-    """Removes dead heads and units from the transformers models in `model`, whose state dicts stay what they were."""
-    for root in layers.pretrained_roots(model).values():
-        if SHRUNK not in root.__dict__ and (removed := shrink.shrink(root)):
-            root.__dict__[SHRUNK] = removed
-            root.register_state_dict_post_hook(_write_full)
-            root.register_load_state_dict_pre_hook(_grow_for)
-
-
-def _write_full(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Makes the state dict of a shrunk model that of the whole one; int8 ones record their widths instead."""
-    removed = root.__dict__.get(SHRUNK)
-    if removed is None or layers.int8_modules(root):
-        return
-    for name, tensor in shrink.full_tensors(root, removed).items():
-        if tensor is None:
-            state.pop(prefix + name, None)
-        else:
-            state[prefix + name] = tensor
-
-
-def _grow_for(root: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Makes a shrunk model whole again when tensors of the whole one are about to be loaded."""
-    removed = root.__dict__.get(SHRUNK)
-    if removed is None or layers.int8_modules(root):
-        return
-    names = [f"{cut.module}.{cut.tensor}" for layer in removed.layers.values() for cut in layer.cuts]
-    if any(prefix + name in state for name in names):
-        for module in root.modules():
-            if isinstance(module, SparseLinear):
-                densify(module).__class__ = PackedLinear
-        _grow(root)
-
-
-def _grow(root: nn.Module) -> None:
-    """Undoes `_shrink`; the model's linears are float."""
-    if SHRUNK in root.__dict__:
-        shrink.unshrink(root, root.__dict__[SHRUNK])
-        del root.__dict__[SHRUNK]
-        for hooks, function in (
-            (root._state_dict_hooks, _write_full),
-            (root._load_state_dict_pre_hooks, _grow_for),
-        ):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "hook", hook) is function:
-                    del hooks[key]
-
-
-def _unmask(model: nn.Module, record: Record) -> None:
-    """Puts plain linears in the place of those under torch.nn.utils.prune, with the weights that these compute."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name and layers.pruned_by_hook(module):
-            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            plain.weight = nn.Parameter(shrink.effective(module), module.weight.requires_grad)
-            if module.bias is not None:
-                plain.bias = nn.Parameter(shrink.effective(module, "bias").clone(), module.bias.requires_grad)
-            _put(model, name, plain.train(module.training))
-            record.masked[name] = module
-
-
 def _take_out(model: nn.Module, original: Callable[[nn.Module], nn.Module], *, exact: bool) -> None:
-    quantized, masked = layers.int8_modules(model), _record(model).masked
+    quantized, masked = layers.int8_modules(model), record_of(model).masked
     unfuse(model)
     made = {name: original(module).train(module.training) for name, module in quantized.items()}
     for name, module in made.items():
-        _put(model, name, module)
+        put(model, name, module)
     for root in layers.pretrained_roots(model).values():
-        _grow(root)
+        grow(root)
     if exact:
         for name, module in masked.items():
-            _put(model, name, module.train(model.get_submodule(name).training))
+            put(model, name, module.train(model.get_submodule(name).training))
     if quantized:
         _mark_float(model)
-
-
-def _put(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` where the module `name` stands, there and wherever else the same module does."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[key] = new
 
 
 def _ties(model: nn.Module, linears: list[str], tables: list[str]) -> dict[str, str]:
@@ -513,10 +353,6 @@ def _ties(model: nn.Module, linears: list[str], tables: list[str]) -> dict[str, 
     sources = {id(model.get_submodule(name).weight): name for name in tables}
     weights = {name: id(model.get_submodule(name).weight) for name in linears}
     return {name: sources[weight] for name, weight in weights.items() if weight in sources}
-
-
-def _record(model: nn.Module) -> Record:
-    return getattr(model, RECORD, None) or Record()
 
 
 def _mark_quantized(model: nn.Module, config: Int8Config | None) -> None:

@@ -32,6 +32,8 @@ MARGIN = 0.98
 LEAST_ZEROS = 0.03
 # Forms that the cost model puts beyond this share are not timed.
 _HOPELESS = 1.05
+# Steps along K that the kernels' lists can tell apart (kSparseDwords in csrc).
+_MOST_STEPS = 65536
 _PER_DWORD = {torch.int8: 4, torch.bfloat16: 2}
 # Features that share a pattern, by layout, and the cost model: time as a share of the dense kernel's, fixed part and
 # slope over the density of their micro-blocks. Fitted on one AVX-512 machine at 128 rows.
@@ -152,7 +154,13 @@ def usable(plan: "Plan | str | os.PathLike[str] | None") -> Plan | None:
     return plan
 
 
-def choose(weight: Tensor, pack_dense: Callable[[], Tensor], scale: Tensor | None, times: "Times | None") -> Choice:
+def choose(
+    weight: Tensor,
+    pack_dense: Callable[[], Tensor],
+    scale: Tensor | None,
+    times: "Times | None",
+    rows: Sequence[int] = ROWS,
+) -> Choice:
     """The form in which a weight runs fastest.
 
     Args:
@@ -160,6 +168,7 @@ def choose(weight: Tensor, pack_dense: Callable[[], Tensor], scale: Tensor | Non
         pack_dense: makes the packed dense weights.
         scale: of int8 codes.
         times: where measured times are looked up and kept; None: by the cost model.
+        rows: of X, at which forms are compared.
     """
     forms = candidates(weight)
     if not forms:
@@ -172,15 +181,25 @@ def choose(weight: Tensor, pack_dense: Callable[[], Tensor], scale: Tensor | Non
     shares: dict[str, float] = {}
     dense: Tensor | None = None
     for form, (density, _) in forms.items():
-        key = f"{kind} {n}x{k} {form} {density:.2f}"
+        at = "" if tuple(rows) == ROWS else f" at {','.join(map(str, rows))}"
+        key = f"{kind} {n}x{k} {form} {density:.2f}{at}"
         share = times.get(key)
         if share is None:
             dense = pack_dense() if dense is None else dense
             blocks = BsrWeight.from_dense(weight, (form.rows, form.columns))
-            share = _share(pack_blocks(blocks, form, scale, None), dense, n, k)
+            share = _share(pack_blocks(blocks, form, scale, None), dense, n, k, rows)
             times.put(key, share)
         shares[str(form)] = share
     return _fastest(list(forms), shares, measured=True)
+
+
+def fits(form: Form, weight: Tensor) -> bool:
+    """Whether the kernels can take `weight` [N, K] in `form`."""
+    if form == DENSE:
+        return True
+    n, k = weight.shape
+    rounded = -(-n // form.rows) * form.rows * -(-k // form.columns) * form.columns
+    return -(-k // _PER_DWORD.get(weight.dtype, 1)) <= _MOST_STEPS and rounded < 2**31
 
 
 def cost(layout: str, features: int, density: float) -> float:
@@ -199,8 +218,10 @@ def candidates(weight: Tensor) -> dict[Form, tuple[float, float]]:
 
     A form's blocks are the largest that hold no more of the weight than the kernel's own micro-blocks do.
     """
+    if weight.numel() == 0 or not fits(Form("tokens", 1, 1), weight):
+        return {}
     nonzero = weight != 0
-    if weight.numel() == 0 or float(nonzero.float().mean()) > 1 - LEAST_ZEROS:
+    if float(nonzero.float().mean()) > 1 - LEAST_ZEROS:
         return {}
     per = _PER_DWORD.get(weight.dtype, 1)
     found = {}
@@ -272,14 +293,14 @@ def _fastest(forms: Sequence[Form], shares: Mapping[str, float], measured: bool)
     return Choice(best if shares[str(best)] < MARGIN else DENSE, shares, measured)
 
 
-def _share(packed: Tensor, dense: Tensor, n: int, k: int) -> float:
-    """The time of `packed` as a share of that of `dense`: the worst over ROWS if it loses anywhere, else the mean."""
+def _share(packed: Tensor, dense: Tensor, n: int, k: int, rows: Sequence[int]) -> float:
+    """The time of `packed` as a share of that of `dense`: the worst over `rows` if it loses anywhere, else the mean."""
     run = torch.ops.bertkern.linear.default
     generator = torch.Generator().manual_seed(0)
     shares = []
     with torch.no_grad():
-        for rows in ROWS:
-            x = torch.randn(rows, k, generator=generator)
+        for count in rows:
+            x = torch.randn(count, k, generator=generator)
             best = {id(packed): math.inf, id(dense): math.inf}
             # In turns, so that a change of the clock meets both; the least of many is what the kernel can do.
             for _ in range(6):

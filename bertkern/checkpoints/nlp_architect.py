@@ -41,8 +41,8 @@ SCALE_TOLERANCE = 1e-4
 def load_int8(path: Path, *, model_class: type[PreTrainedModel] | None = None) -> nn.Module:
     """The int8 model of an export: a transformers BERT whose linears and tables are bertkern.nn's int8 modules.
 
-    Layers of mode "ema" run with the static ranges of the file. Layers of mode "dynamic" take a range per token, where
-    NLP Architect took one per batch. Layers that were not quantized stay fp32.
+    Layers of mode "ema" run with the static ranges of the file. Layers of mode "dynamic" take a symmetric range per
+    token, where NLP Architect took one per batch. Layers that were not quantized stay fp32.
 
     Args:
         path: `quant_pytorch_model.bin`, or its folder.
@@ -169,11 +169,10 @@ def _take_linear(role: Role, settings: OpSettings, checked: CheckedTensors) -> I
     name, n = role.name, role.module.out_features
     codes = checked.take_codes(f"{name}.quantized_weight", role.module.weight.shape, settings.weight_bits)
     weight_multiplier = checked.take(f"{name}._weight_scale", None, torch.float32, positive=True)
-    zero = torch.zeros(())
     if settings.mode == "dynamic":
         bias = checked.take(f"{name}.bias", [n]).float() if role.module.bias is not None else None
         checked.pass_over(*(f"{name}.{unused}" for unused in ("input_thresh", "output_thresh", "bias_scale")))
-        return Int8Parts(codes, 1 / weight_multiplier.reshape(1), bias, zero, zero.clone())
+        return Int8Parts.dynamic(codes, 1 / weight_multiplier.reshape(1), bias)
     input_range = checked.take(f"{name}.input_thresh", None, torch.float32, positive=True)
     bias = None
     if role.module.bias is not None:
@@ -186,7 +185,7 @@ def _take_linear(role: Role, settings: OpSettings, checked: CheckedTensors) -> I
                 f"Got {float(bias_multiplier)}."
             )
         bias = (bias_codes.double() / bias_multiplier.double()).float()
-    output_scale = zero
+    output_scale = torch.zeros(())
     if settings.requantize_output:
         output_scale = checked.take(f"{name}.output_thresh", None, torch.float32, positive=True) / 127
     return Int8Parts(codes, 1 / weight_multiplier.reshape(1), bias, input_range / 127, output_scale)

@@ -1,4 +1,5 @@
-"""attn_implementation="bertkern": the [B, L] mask reaches the encoder as it is, and the plain path still works.
+"""attn_implementation="bertkern": the [B, L] mask reaches the encoder as it is, and what is not fused runs by the
+attention kernel.
 
 A sequence without a single token tells transformers' own implementations apart: sdpa gives its positions a context of
 zeros, eager the mean of all values. So what was eager becomes "bertkern_eager", whose plain path is eager's formula.
@@ -14,7 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
-from . import _capture
+from ..nn.head_masks import HeadFactors, factors_of, scaled, scaled_weights
+from . import _capture, _packed_attention
 
 # Ours, by the implementation that it stands in for.
 NAMES = {"sdpa": "bertkern", "eager": "bertkern_eager"}
@@ -43,12 +45,39 @@ def bertkern_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of layers that do not run fused: sdpa, or the eager formula where its weights are asked for."""
+    """Attention of layers that do not run fused, of any model: by the kernel where it computes this, else by sdpa.
+
+    The kernel takes self-attention on the CPU without dropout. Where weights are asked for, the eager formula runs.
+    """
     if kwargs.get("output_attentions") or _capture.wants("attentions") or _capture.wants("cross_attentions"):
-        return eager_attention(module, query, key, value, attention_mask, dropout, scaling)
+        attention_mask = _causal_mask(module, query, key, attention_mask, kwargs)
+        return eager_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    factors = factors_of(module, kwargs.pop("head_mask", None))
+    if _packed_attention.takes(query, key, value, attention_mask, dropout, scaling, kwargs):
+        bias, causal = kwargs.get("position_bias"), is_causal(module, query, attention_mask, kwargs)
+        return _packed_attention.run(query, key, value, attention_mask, bias, factors, scaling, causal), None
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None, :]
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    context, weights = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return scaled(context, factors), weights
+
+
+def is_causal(module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether transformers' sdpa would attend to no later tokens: a mask, where there is one, says all."""
+    asked = options.get("is_causal")
+    asked = getattr(module, "is_causal", True) if asked is None else asked
+    # No `and` of these: while tracing it would be symbolic, which no operator takes.
+    return True if asked and mask is None and query.shape[2] > 1 else False  # noqa: SIM210
+
+
+def _causal_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor | None:
+    """The mask, or the one that stands for `is_causal`: sdpa's masks leave it out where that says the same."""
+    if not is_causal(module, query, mask, options):
+        return mask
+    queries, keys = query.shape[2], key.shape[2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
 
 
 def eager_attention(
@@ -59,13 +88,19 @@ def eager_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    head_mask: Tensor | HeadFactors | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by its formula, and its weights."""
+    """Attention by its formula, and its weights, both times the head's factor."""
+    if key.shape[1] != query.shape[1]:  # heads that share their keys and values
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (query.size(-1) ** -0.5 if scaling is None else scaling)
+    if kwargs.get("position_bias") is not None:
+        scores = scores + kwargs["position_bias"]
     if attention_mask is not None:
         scores = scores + additive(attention_mask, scores.dtype)
     weights = nn.functional.dropout(torch.softmax(scores, dim=-1), p=dropout, training=module.training)
+    weights = scaled_weights(weights, factors_of(module, head_mask))
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

@@ -30,3 +30,8 @@ def collect(layers: Sequence[nn.Module], x: Tensor, outputs: Sequence[Tensor]) -
         for hook in layer._forward_hooks.values():
             if is_capture(hook):
                 hook(layer, (before,), after)
+
+
+def active() -> bool:
+    """Whether a model call in progress collects anything."""
+    return not torch.compiler.is_compiling() and _collector.get() is not None

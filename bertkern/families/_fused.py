@@ -1,23 +1,38 @@
 """The classes that a family mixes into transformers' own: one operator where it fits, `super().forward` elsewhere."""
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _gradients
+from ..head_masks import active_factors, is_mask
 from ..nn.encoder import LayerParts, Stack, Unfit, key_mask, usable
+from ..nn.groupwise import GroupwiseEmbedding
+from ..nn.head_masks import HeadFactors, joined, multiplied
 from ..nn.int8 import Int8Embedding
 from ..nn.linear import PackedLinear
+from ..nn.packed_output import wish_of
 from ..nn.packing import lean, needs_grad, plain
 from . import _attention, _capture  # noqa: F401  (registers attn_implementation="bertkern")
 
 _embed = lean(torch.ops.bertkern.embed.default)
 _embed_from = torch.ops.bertkern.embed_from.default
-# The scale of float tables, and the token type of every token when none is given.
-_ONE, ZERO = torch.ones(1), torch.zeros((), dtype=torch.int64)
+# The scale of float tables, and the token type of every token when none is given; transformers may import this while
+# it loads a model on meta.
+_ONE, ZERO = torch.ones(1, device="cpu"), torch.zeros((), dtype=torch.int64, device="cpu")
 # Arguments of encoders and layers that change nothing about their result.
-HARMLESS = frozenset({"position_ids", "token_type_ids", "output_hidden_states", "return_dict", "use_cache"})
+HARMLESS = frozenset(
+    {
+        "num_items_in_batch",  # of Trainer, for its loss
+        "output_hidden_states",
+        "position_ids",
+        "return_dict",
+        "token_type_ids",
+        "use_cache",
+    }
+)
 
 
 class Fused:
@@ -29,10 +44,16 @@ class Fused:
             zeros.
         empty_attends: whether a sequence without a single token attends evenly to all its positions, as transformers'
             eager attention has it; else to nothing, as its sdpa.
+        exact_attention: whether attention between int8 or bf16 projections is computed in fp32; else in bf16 where the
+            processor has AVX-512 BF16, with sums in fp32.
     """
+
+    # What the report says of such modules.
+    RUNS = "one operator"
 
     keep_padding: bool = False
     empty_attends: bool = False
+    exact_attention: bool = False
 
     @classmethod
     def unfused(cls) -> type[nn.Module]:
@@ -48,7 +69,7 @@ class Fused:
 
     def unfuse(self) -> None:
         """Drops what `fuse` made."""
-        for name in ("_stack", "fallbacks", "keep_padding", "empty_attends"):
+        for name in ("_stack", "fallbacks", "keep_padding", "empty_attends", "exact_attention"):
             self.__dict__.pop(name, None)
 
     def fell_back(self, reason: str) -> None:
@@ -58,14 +79,29 @@ class Fused:
             counts[reason] = counts.get(reason, 0) + 1
 
 
-def _after_load(module: "_FusedLayers", incompatible: Any) -> None:
+def _after_load(module: Any, incompatible: Any) -> None:
     # Now, because compiled code does not look whether its inputs are current.
     module.refuse()
+
+
+def follow_loading(module: nn.Module) -> None:
+    """Has `module.refuse()` called after every load_state_dict."""
+    if _after_load not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(_after_load)
+
+
+def unfollow_loading(module: nn.Module) -> None:
+    """Undoes `follow_loading`."""
+    for key, hook in list(module._load_state_dict_post_hooks.items()):
+        if hook is _after_load:
+            del module._load_state_dict_post_hooks[key]
 
 
 class _FusedLayers(Fused):
     """What encoder and layer share: the operator over some layers."""
 
+    # The operator's arguments for some layers.
+    STACK: type[Stack] = Stack
     _stack: Stack | None = None
 
     def layers(self) -> list[nn.Module]:
@@ -78,14 +114,11 @@ class _FusedLayers(Fused):
 
     def fuse(self) -> None:
         self._stack = self._build()
-        if _after_load not in self._load_state_dict_post_hooks.values():
-            self.register_load_state_dict_post_hook(_after_load)
+        follow_loading(self)
 
     def unfuse(self) -> None:
         super().unfuse()
-        for key, hook in list(self._load_state_dict_post_hooks.items()):
-            if hook is _after_load:
-                del self._load_state_dict_post_hooks[key]
+        unfollow_loading(self)
 
     def refuse(self) -> None:
         """Fuses anew after a change; modules that no longer fit take the plain path."""
@@ -129,25 +162,33 @@ class _FusedLayers(Fused):
         if any(value is not None for value in others):
             raise Unfit("cross-attention or a cache")
         for name, value in options.items():
-            if value is not None and value is not False and name not in HARMLESS:
+            if value is not None and value is not False and name not in HARMLESS and not isinstance(value, HeadFactors):
                 raise Unfit(f"{name} was given")
         if _capture.wants("attentions"):
             raise Unfit("output_attentions was given")
         if reason := usable(x):
             raise Unfit(reason)
         keys, empty_attends = key_mask(mask, x.shape[0], x.shape[1], self.empty_attends)
-        collects = self.captures() and _capture.wants("hidden_states")
-        every = states or collects
+        wish = wish_of(self)
+        collects = wish is None and self.captures() and _capture.wants("hidden_states")
+        every = wish is None and (states or collects)
 
-        stack = self._stack
+        stack, masked = self._stack, False
         if not torch.compiler.is_compiling():
             stack = self._current()
-            if any(not _capture.is_capture(hook) for hook in stack.hooked()):
+            hooks = [hook for hook in stack.hooked() if not _capture.is_capture(hook)]
+            masked = any(map(is_mask, hooks))
+            if not all(map(is_mask, hooks)):
                 raise Unfit("hooks on inner modules")
         elif stack is None:
             raise Unfit("changed since the last call")
+        heads = _head_factors(stack, options.get("head_mask"), masked, x.shape[0])
 
-        y = stack.run(x, keys, bias, self.keep_padding, every, empty_attends)
+        flags = (self.keep_padding, every, empty_attends, self.exact_attention, heads, wish is not None)
+        y = stack.run(x, keys, bias, *flags)
+        if wish is not None:
+            wish.hidden = y
+            return y.new_zeros(()).expand(x.shape)
         if collects:
             _capture.collect(self.layers(), x, y.unbind(0))
         return y[-1] if every and not states else y
@@ -161,7 +202,7 @@ class _FusedLayers(Fused):
         if not all(isinstance(layer, FusedLayer) for layer in layers):
             raise Unfit("its layers stay as they were")
         try:
-            stack = Stack(layers, [layer.parts() for layer in layers], self.watched())
+            stack = self.STACK(layers, [layer.parts() for layer in layers], self.watched())
         except AttributeError as error:
             raise Unfit(f"its parts have moved: {error}") from error
         _gradients.own(stack.norms, self)
@@ -201,6 +242,16 @@ class _FusedLayers(Fused):
         super()._apply(fn, recurse)
         self.refuse()
         return self
+
+
+def _head_factors(stack: Stack, keyword: HeadFactors | None, masked: bool, batch: int) -> Tensor | None:
+    """What the heads of all layers are multiplied by: the call's keyword, `bertkern.head_mask`, or both."""
+    if keyword is None and not masked:
+        return None
+    factors = [None if keyword is None else keyword.get(attention) for attention in stack.attentions]
+    if masked:
+        factors = list(map(multiplied, factors, active_factors(stack.outs)))
+    return joined(factors, stack.heads, batch)
 
 
 class FusedLayer(_FusedLayers):
@@ -262,14 +313,17 @@ class FusedEmbeddings(Fused):
     def fuse(self) -> None:
         self._arguments()
 
-    def _arguments(self) -> tuple[list[Tensor], list[Tensor], list[int], nn.LayerNorm]:
-        """The tables, their scales, the rows that get no gradient (-1: none), and the norm."""
+    def tables(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """The tables, their scales, and the rows that get no gradient (-1: none); raises Unfit."""
         tables, scales, padding = [], [], []
         for name in self.TABLES:
             table = self._modules[name]
             if type(table) is Int8Embedding:
                 tables.append(table._buffers["weight_codes"])
                 scales.append(table._buffers["weight_scale"])
+            elif type(table) is GroupwiseEmbedding and table.packable():
+                tables.append(table.packed())
+                scales.append(_ONE)
             elif type(table) is nn.Embedding and table.max_norm is None:
                 weight = table._parameters["weight"]
                 if weight.dtype not in (torch.float32, torch.bfloat16):
@@ -281,10 +335,13 @@ class FusedEmbeddings(Fused):
             else:
                 raise Unfit(f"a table is {type(table).__name__}")
             padding.append(-1 if table.padding_idx is None else table.padding_idx)
+        return tables, scales, padding
+
+    def _arguments(self) -> tuple[list[Tensor], list[Tensor], list[int], nn.LayerNorm]:
         norm = self._modules["LayerNorm"]
         if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
             raise Unfit(f"a norm is {type(norm).__name__}")
-        return tables, scales, padding, norm
+        return *self.tables(), norm
 
     def embed(self, ids: Tensor | None, *others: Tensor) -> Tensor | None:
         """The embeddings of `ids` [B, L] and of `others`, which broadcast to it, in the order of TABLES.
@@ -300,7 +357,8 @@ class FusedEmbeddings(Fused):
             self.fell_back(reason.args[0])
             return None
 
-    def _embed(self, ids: Tensor | None, *others: Tensor) -> Tensor:
+    def check(self, ids: Tensor | None) -> None:
+        """Raises Unfit where a call has to take the plain path."""
         if self.training:
             raise Unfit("training mode")
         if ids is None:
@@ -311,20 +369,44 @@ class FusedEmbeddings(Fused):
             for module in self._modules.values():
                 if module._forward_hooks or module._forward_pre_hooks:
                     raise Unfit("hooks on inner modules")
+
+    def _embed(self, ids: Tensor | None, *others: Tensor) -> Tensor:
+        self.check(ids)
         tables, scales, padding, norm = self._arguments()
-        rows = [_int64(part, ids.shape) for part in (ids, *others)]
+        rows = self.rows(ids, *others)
         weight, bias = norm._parameters["weight"], norm._parameters["bias"]
         dtype = weight.dtype
         fp32 = (weight, bias) if dtype == torch.float32 else (weight.float(), bias.float())
-        if needs_grad(*tables, weight, bias):
-            return _embed_from(rows, tables, scales, *fp32, norm.eps, dtype, padding)
-        return _embed(rows, tables, scales, *fp32, norm.eps, dtype)
+        try:
+            if needs_grad(*tables, weight, bias):
+                return _embed_from(rows, tables, scales, *fp32, norm.eps, dtype, padding)
+            return _embed(rows, tables, scales, *fp32, norm.eps, dtype)
+        except RuntimeError as error:
+            raise self.named(error) from None
+
+    def rows(self, ids: Tensor, *others: Tensor) -> list[Tensor]:
+        """The ids of every table, int64 of one shape; raises Unfit."""
+        return [_int64(part, ids.shape, name) for part, name in zip((ids, *others), self.TABLES, strict=True)]
+
+    def named(self, error: RuntimeError) -> RuntimeError:
+        """An operator's error with the name of the table that it tells of."""
+        found = re.search(r"of table (\d)", str(error))
+        if found is None:
+            return error
+        # RoBERTa's positions, for example, begin behind that of padding.
+        name = self.TABLES[int(found[1])]
+        return RuntimeError(f"{error} Table {found[1]}: {name}, of {self._modules[name].num_embeddings}.")
 
 
-def _int64(ids: Tensor, shape: torch.Size) -> Tensor:
+def _int64(ids: Tensor, shape: torch.Size, name: str) -> Tensor:
     # At 16 tokens even an operation that does nothing shows.
     if ids.dtype != torch.int64:
         if ids.dtype != torch.int32:
             raise Unfit("ids of another dtype")
         ids = ids.long()
-    return ids if ids.shape == shape else ids.expand(shape)
+    if ids.shape == shape:
+        return ids
+    if ids.dim() and ids.shape[-1] != 1 and ids.shape[-1] != shape[-1]:
+        # BERT slices its positions: sequences that are too long find fewer.
+        raise RuntimeError(f"{name}: expected ids for {shape[-1]} tokens. Got {ids.shape[-1]}.")
+    return ids.expand(shape)

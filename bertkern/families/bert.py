@@ -1,11 +1,16 @@
 """BERT."""
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 from transformers.models.bert import modeling_bert
 
 from ..nn.encoder import LayerParts, Unfit
 from ._fused import ZERO, FusedEmbeddings, FusedEncoder, FusedLayer
+from ._head_masks import for_layers
+from ._model import FusedModel, FusedPooler
 
 
 class BertLikeLayer(FusedLayer):
@@ -33,6 +38,7 @@ class BertLikeEncoder(FusedEncoder):
     """The call that BERT and its descendants make of their encoder."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
+        kwargs = for_layers(self, kwargs) if "head_mask" in kwargs else kwargs
         y = self.fused(hidden_states, attention_mask, args, kwargs)
         if y is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -62,6 +68,43 @@ class BertLikeEmbeddings(FusedEmbeddings):
         return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
 
 
+class BertLikeModel(FusedModel):
+    """The call of BERT and its descendants."""
+
+    def direct(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        *others,
+        **options,
+    ):
+        if not self.takes(input_ids, attention_mask, (inputs_embeds, *others), options):
+            return None
+        parts = self._modules
+        x = parts["embeddings"](input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
+        if "embeddings_project" in parts:
+            x = parts["embeddings_project"](x)
+        y = self.encoded(parts["encoder"], x, attention_mask)
+        return None if y is None else self.result(y)
+
+    def result(self, y: Tensor):
+        """What the model returns, from its last hidden states."""
+        pooler = self._modules.get("pooler")
+        pooled = None if pooler is None else pooler(y)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=y, pooler_output=pooled)
+
+
+class BertPooler(FusedPooler, modeling_bert.BertPooler):
+    """Runs as one operator."""
+
+
+class BertModel(BertLikeModel, modeling_bert.BertModel):
+    """Calls its parts one after another."""
+
+
 class BertLayer(BertLikeLayer, modeling_bert.BertLayer):
     """Runs as one operator."""
 
@@ -78,4 +121,6 @@ CLASSES = {
     modeling_bert.BertLayer: BertLayer,
     modeling_bert.BertEncoder: BertEncoder,
     modeling_bert.BertEmbeddings: BertEmbeddings,
+    modeling_bert.BertPooler: BertPooler,
+    modeling_bert.BertModel: BertModel,
 }

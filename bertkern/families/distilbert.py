@@ -6,6 +6,8 @@ from transformers.models.distilbert import modeling_distilbert
 
 from ..nn.encoder import LayerParts
 from ._fused import FusedEmbeddings, FusedEncoder, FusedLayer
+from ._head_masks import for_layers
+from ._model import FusedModel
 
 
 class TransformerBlock(FusedLayer, modeling_distilbert.TransformerBlock):
@@ -30,6 +32,7 @@ class Transformer(FusedEncoder, modeling_distilbert.Transformer):
     """Runs as one operator."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
+        kwargs = for_layers(self, kwargs) if "head_mask" in kwargs else kwargs
         y = self.fused(hidden_states, attention_mask, (), kwargs)
         if y is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
@@ -53,8 +56,20 @@ class Embeddings(FusedEmbeddings, modeling_distilbert.Embeddings):
         return super().forward(input_ids, inputs_embeds, position_ids)
 
 
+class DistilBertModel(FusedModel, modeling_distilbert.DistilBertModel):
+    """Calls its parts one after another."""
+
+    def direct(self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, *others, **options):
+        if not self.takes(input_ids, attention_mask, (inputs_embeds, *others), options):
+            return None
+        x = self._modules["embeddings"](input_ids, None, position_ids)
+        y = self.encoded(self._modules["transformer"], x, attention_mask)
+        return None if y is None else BaseModelOutput(last_hidden_state=y)
+
+
 CLASSES = {
     modeling_distilbert.TransformerBlock: TransformerBlock,
     modeling_distilbert.Transformer: Transformer,
     modeling_distilbert.Embeddings: Embeddings,
+    modeling_distilbert.DistilBertModel: DistilBertModel,
 }

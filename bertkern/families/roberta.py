@@ -3,7 +3,8 @@
 from torch import Tensor
 from transformers.models.roberta import modeling_roberta
 
-from .bert import BertLikeEmbeddings, BertLikeEncoder, BertLikeLayer
+from ._model import FusedPooler
+from .bert import BertLikeEmbeddings, BertLikeEncoder, BertLikeLayer, BertLikeModel
 
 
 class RobertaLayer(BertLikeLayer, modeling_roberta.RobertaLayer):
@@ -25,8 +26,18 @@ class RobertaEmbeddings(RobertaLikeEmbeddings, modeling_roberta.RobertaEmbedding
     """Runs as one operator."""
 
 
+class RobertaPooler(FusedPooler, modeling_roberta.RobertaPooler):
+    """Runs as one operator."""
+
+
+class RobertaModel(BertLikeModel, modeling_roberta.RobertaModel):
+    """Calls its parts one after another."""
+
+
 CLASSES = {
     modeling_roberta.RobertaLayer: RobertaLayer,
     modeling_roberta.RobertaEncoder: RobertaEncoder,
     modeling_roberta.RobertaEmbeddings: RobertaEmbeddings,
+    modeling_roberta.RobertaPooler: RobertaPooler,
+    modeling_roberta.RobertaModel: RobertaModel,
 }

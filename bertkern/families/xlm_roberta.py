@@ -2,7 +2,8 @@
 
 from transformers.models.xlm_roberta import modeling_xlm_roberta
 
-from .bert import BertLikeEncoder, BertLikeLayer
+from ._model import FusedPooler
+from .bert import BertLikeEncoder, BertLikeLayer, BertLikeModel
 from .roberta import RobertaLikeEmbeddings
 
 
@@ -18,8 +19,18 @@ class XLMRobertaEmbeddings(RobertaLikeEmbeddings, modeling_xlm_roberta.XLMRobert
     """Runs as one operator."""
 
 
+class XLMRobertaPooler(FusedPooler, modeling_xlm_roberta.XLMRobertaPooler):
+    """Runs as one operator."""
+
+
+class XLMRobertaModel(BertLikeModel, modeling_xlm_roberta.XLMRobertaModel):
+    """Calls its parts one after another."""
+
+
 CLASSES = {
     modeling_xlm_roberta.XLMRobertaLayer: XLMRobertaLayer,
     modeling_xlm_roberta.XLMRobertaEncoder: XLMRobertaEncoder,
     modeling_xlm_roberta.XLMRobertaEmbeddings: XLMRobertaEmbeddings,
+    modeling_xlm_roberta.XLMRobertaPooler: XLMRobertaPooler,
+    modeling_xlm_roberta.XLMRobertaModel: XLMRobertaModel,
 }

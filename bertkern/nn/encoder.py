@@ -11,6 +11,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from .. import _ops  # noqa: F401  (loads the operators)
 from .activations import activation_code
+from .groupwise import GroupwiseLinear
 from .int8 import Int8Linear
 from .linear import FLOATS, PackedLinear
 from .packing import Epoch, lean, needs_grad, version
@@ -19,8 +20,8 @@ from .sparse import SparseLinear
 _encoder = lean(torch.ops.bertkern.encoder.default)
 _encoder_from = torch.ops.bertkern.encoder_from.default
 # Stands for a tensor that is no parameter.
-_NOTHING = torch.empty(0)
-LEAVES = (Int8Linear, PackedLinear, SparseLinear)
+_NOTHING = torch.empty(0, device="cpu")
+LEAVES = (GroupwiseLinear, Int8Linear, PackedLinear, SparseLinear)
 
 
 class Unfit(Exception):
@@ -59,6 +60,8 @@ class LayerParts:
 class Stack:
     """The arguments of the encoder operator for some layers, and what they were made from.
 
+    A layer that stands there several times runs as often, and is packed and looked after once.
+
     Raises:
         Unfit: the layers are not what the operator computes.
     """
@@ -67,29 +70,42 @@ class Stack:
         if not layers:
             raise Unfit("no layers")
         self.layers = list(layers)
-        slots = [slot for part in parts for slot in (*part.linears(), *part.norms(), part.activation)]
+        once = list(dict(zip(self.layers, parts, strict=True)).values())
+        slots = [slot for part in once for slot in (*part.linears(), *part.norms(), part.activation)]
         leaves = [getattr(*slot) for slot in slots]
-        linears = [getattr(*slot) for part in parts for slot in part.linears()]
-        norms = [getattr(*slot) for part in parts for slot in part.norms()]
+        linears = [getattr(*slot) for part in once for slot in part.linears()]
+        norms = [getattr(*slot) for part in once for slot in part.norms()]
         for leaf in linears:
             if type(leaf) not in LEAVES or not leaf.packable():
                 raise Unfit(f"a projection is {type(leaf).__name__}")
         self.eps = _common("LayerNorm eps", [_norm_eps(norm) for norm in norms])
-        self.activation = _common("activation", [_activation(getattr(*part.activation)) for part in parts])
+        self.activation = _common("activation", [_activation(getattr(*part.activation)) for part in once])
         self.heads = [_check_shapes(part) for part in parts]
+        self.attentions, self.outs = [part.query[0] for part in parts], [getattr(*part.out) for part in parts]
         for leaf in linears:
             leaf.packed()
         # Read before the tensors: a change by another thread from here on is then noticed.
         self._epoch = Epoch.now
-        self.linears = [leaf.packed() for leaf in linears]
-        tensors = [(norm.weight, norm.bias) for norm in norms]
+        self.linears = [getattr(*slot).packed() for part in parts for slot in part.linears()]
+        every = [getattr(*slot) for part in parts for slot in part.norms()]
         with torch.no_grad():
-            flat = torch.stack([tensor.detach().float() for pair in tensors for tensor in pair])
+            flat = torch.stack([tensor.detach().float() for norm in every for tensor in (norm.weight, norm.bias)])
         # [layers, 4, H]: weight and bias of the attention norm, weight and bias of the output norm.
         self.norms = flat.view(len(layers), 4, -1)
         # In the order of encoder_from: weight and bias of the layer's six linears, then of its two norms.
         self._made_from = [_NOTHING if tensor is None else tensor for part in parts for tensor in _made_from(part)]
+        self._follow(slots, leaves, linears, norms, watched)
 
+    def _follow(
+        self,
+        slots: Sequence[tuple[nn.Module, str]],
+        leaves: Sequence[Any],
+        linears: Sequence[nn.Module],
+        norms: Sequence[nn.Module],
+        watched: Sequence[nn.Module],
+    ) -> None:
+        """Has `current` look after `leaves`, the modules in `slots`, among them `linears` and `norms`."""
+        tensors = [(norm.weight, norm.bias) for norm in norms]
         # What `current` compares. Lists and C loops, because this runs at every call.
         # An activation may be a function.
         self._slot_dicts = [holder._modules if name in holder._modules else holder.__dict__ for holder, name in slots]
@@ -134,10 +150,20 @@ class Stack:
         keep_padding: bool = False,
         all_hidden_states: bool = False,
         empty_attends: bool = False,
+        exact_attention: bool = False,
+        head_mask: Tensor | None = None,
+        packed: bool = False,
     ) -> Tensor:
-        """The encoder operator: x [B, L, H], mask [B, L] -> [B, L, H], or [layers, B, L, H] after every layer."""
-        options = (self.heads, self.activation, self.eps, keep_padding, all_hidden_states, empty_attends)
-        if needs_grad(x, position_bias, *self._made_from):
+        """The encoder operator: x [B, L, H], mask [B, L] -> [B, L, H], or [layers, B, L, H] after every layer.
+
+        Args:
+            head_mask: fp32 [1 or B, heads of all layers]: what each head's context is multiplied by. Heads with 0 are
+                not computed.
+            packed: whether real tokens alone come back, one after another: [tokens, H] or [layers, tokens, H].
+        """
+        flags = (keep_padding, all_hidden_states, empty_attends, exact_attention, head_mask, packed)
+        options = (self.heads, self.activation, self.eps, *flags)
+        if needs_grad(x, position_bias, head_mask, *self._made_from):
             return _encoder_from(x, mask, position_bias, self.linears, self.norms, self._made_from, *options)
         return _encoder(x, mask, position_bias, self.linears, self.norms, *options)
 

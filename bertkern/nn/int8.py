@@ -95,7 +95,7 @@ class _Int8Weight(nn.Module):
 
 
 class Int8Linear(PackedCache, _Int8Weight):
-    """A linear layer with int8 weights and int8 activations: y = (codes_x . codes_w) * scale_x * scale_w + bias.
+    """A linear layer with int8 weights and activations: y = ((codes_x - zero_x) . codes_w) * scale_x * scale_w + bias.
 
     Shapes: x [..., K] fp32, bf16 or fp16 -> [..., N], dtype of x.
 
@@ -104,7 +104,8 @@ class Int8Linear(PackedCache, _Int8Weight):
         weight_scale: fp32 [N], or [1] for the whole weight.
         bias: fp32 [N] or None.
         input_scale: fp32 scalar; 0: each token's own range, else the step of static activations.
-        input_zero_point: int32 scalar; not 0: static activations are uint8, x = (u - zero point) * step.
+        input_zero_point: int32 scalar. Of static activations, not 0: they are uint8, x = (u - zero point) * step. Of
+            tokens' own ranges 0: each has a zero point of its own; 128: ranges are symmetric about 0.
         output_scale: fp32 scalar; not 0: the output is rounded to int8 of this step (Q8BERT).
 
     Training mode, other devices and gradients use the dequantized weight and leave activations as they are. With a

@@ -120,7 +120,7 @@ def test_gradients_in_eval_and_training_mode(family):
     twin = copy.deepcopy(model)
     bk.accelerate(model)
     batch = padded(model, "trailing")
-    weights = torch.randn(3, 11, 52, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(3, 11, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     weights = weights * batch["attention_mask"][..., None]
     for training in (False, True):
         for module in (model, twin):

@@ -52,6 +52,31 @@ def test_wrong_ids(family, swap):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("swap", SWAPS)
+def test_sequences_longer_than_the_position_table(family, swap):
+    """The error names the table; the longest that fits runs, and RoBERTa's positions do not count padding."""
+    model = make(family + "Model")
+    swapped = swap(copy.deepcopy(model))
+    counts = family in ("Roberta", "XLMRoberta", "MPNet")
+    longest = 38 if counts else 40
+    ids = torch.randint(5, VOCAB, (2, 60), generator=torch.Generator().manual_seed(0))
+    for length in (longest + 1, 60):
+        for mask in (None, torch.ones(2, length), (torch.arange(length) < 7).expand(2, length)):
+            error = same_failure(model, swapped, {"input_ids": ids[:, :length], "attention_mask": mask})
+            expected = "expected ids in [0, 40)" if counts else f"expected ids for {length} tokens. Got 40."
+            assert "position_embeddings" in str(error) and expected in str(error)
+    with torch.no_grad():
+        expected = model(input_ids=ids[:, :longest]).last_hidden_state
+        got = swapped(input_ids=ids[:, :longest]).last_hidden_state
+        torch.testing.assert_close(got, expected, atol=2e-5 if swap is bk.accelerate else 0.5, rtol=1e-4)
+        if counts:
+            ids[:, 30:] = 1
+            call = {"input_ids": ids, "attention_mask": ids != 1}
+            expected, got = (run(**call).last_hidden_state[:, :30] for run in (model, swapped))
+            torch.testing.assert_close(got, expected, atol=2e-5 if swap is bk.accelerate else 0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "mask",
     [ONES[:, :10], torch.ones(3, 12), ONES[:1], ONES[0], torch.ones(3, 11, 11), ONES * 0.5, -ONES],
@@ -83,7 +108,7 @@ def test_an_empty_batch(family, swap):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_stay_in_their_row(family, swap, bad):
     model = swap(make(family + "ForSequenceClassification"))
-    embeds = torch.randn(4, 9, 36 if family == "Electra" else 52, generator=torch.Generator().manual_seed(3))
+    embeds = torch.randn(4, 9, model.get_input_embeddings().embedding_dim, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         clean = model(inputs_embeds=embeds).logits
         embeds[2, 3, 5] = bad

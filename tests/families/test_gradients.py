@@ -93,7 +93,7 @@ def test_inputs_embeds(family, backend, swap, frozen):
 @pytest.mark.parametrize("swap", SWAPS)
 def test_a_second_derivative_is_refused(family, swap):
     model = swap(make(family + "Model"))
-    embeds = torch.randn(2, 5, 36 if family == "Electra" else 52, requires_grad=True)
+    embeds = torch.randn(2, 5, model.get_input_embeddings().embedding_dim, requires_grad=True)
     hidden = model(inputs_embeds=embeds).last_hidden_state
     with pytest.raises(RuntimeError, match=r"encoder.*: expected one backward pass. Got a second derivative"):
         torch.autograd.grad(hidden.sum(), embeds, create_graph=True)

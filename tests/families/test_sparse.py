@@ -15,14 +15,14 @@ from bertkern.families import layers_of
 from bertkern.nn import Form, Int8Linear, PackedLinear, SparseLinear
 
 from .test_accelerate import assert_same
-from .zoo import FAMILIES, inputs, make, padded
+from .zoo import FAMILIES, OWN_WEIGHTS, inputs, make, padded
 
 FORMS = (Form("panels", 16, 1), Form("panels", 16, 4), Form("tokens", 1, 1), Form("tokens", 4, 4), Form("tokens", 2, 3))
 
 
-def pruned(name, share=0.8, dead=True):
+def pruned(name, share=0.8, dead=True, **options):
     """A model with scattered zeros, a dead head and dead and constant units."""
-    model = make(name)
+    model = make(name, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for index, (_, layer, family) in enumerate(layers_of(model)):
@@ -42,7 +42,7 @@ def every_form(monkeypatch):
     """Layers take the forms in turn, whatever is fastest here."""
     made = []
 
-    def choose(weight, pack_dense, scale, times):
+    def choose(weight, pack_dense, scale, times, rows):
         made.append(FORMS[len(made) % len(FORMS)])
         return tuning.Choice(made[-1], {str(made[-1]): 0.5}, measured=True)
 
@@ -64,7 +64,7 @@ def test_answers_in_every_form(family, padding, every_form):
         got = bk.accelerate(model)(**batch)
     assert_same(expected, got, batch["attention_mask"])
     assert not bk.report(model).fallbacks
-    assert len(linears(model, SparseLinear)) == len(every_form) >= 18
+    assert len(linears(model, SparseLinear)) == len(every_form) >= 6 * len(list(layers_of(model)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +118,7 @@ def test_other_weights_are_loaded(family, every_form):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_models_keep_their_widths_in_files(family, tmp_path):
-    model = pruned(family + "ForSequenceClassification")
+    model = pruned(family + "ForSequenceClassification", **OWN_WEIGHTS.get(family, {}))
     batch = padded(model, "trailing")
     with torch.no_grad():
         expected = bk.quantize_(model)(**batch).logits
@@ -165,6 +165,42 @@ def test_models_under_torchs_pruning(swap, every_form):
             bk.restore(model)
             assert list(model.state_dict()) == names
             assert torch.equal(model(**batch).logits, expected)
+
+
+def masked():
+    linear = nn.Linear(64, 64).eval()
+    return prune.l1_unstructured(linear, "weight", 0.9)
+
+
+def test_masked_layers_that_no_other_can_stand_in_for_are_left():
+    x = torch.randn(3, 64)
+    seen = []
+    hooked = nn.Sequential(masked())
+    hooked[0].register_forward_hook(lambda *_: seen.append(1))
+    accelerated = nn.Sequential(bk.accelerate(nn.Sequential(nn.Linear(64, 64))).eval()[0])
+    prune.l1_unstructured(accelerated[0], "weight", 0.9)
+    with torch.no_grad():
+        for model in (masked(), hooked, accelerated):
+            expected = model(x)
+            torch.testing.assert_close(bk.accelerate(model)(x), expected)
+            assert "its weight is computed by a hook" in str(bk.report(model))
+    assert len(seen) == 2
+
+
+def test_matrices_too_wide_for_lists_stay_dense():
+    model = nn.Sequential(nn.Linear(66_000, 32)).eval()
+    x = torch.randn(2, 66_000)
+    with torch.no_grad():
+        model[0].weight[:, 100:] = 0
+        expected = model(x)
+        for plan in (None, tuning.Plan({"0": tuning.Choice(Form("panels", 16, 1))})):
+            torch.testing.assert_close(bk.accelerate(model, plan=plan)(x), expected, atol=1e-4, rtol=1e-4)
+            assert isinstance(model[0], PackedLinear)
+
+
+def test_a_plan_with_blocks_beyond_all_measure_is_not_followed():
+    plan = tuning.Plan({"0": tuning.Choice(Form("panels", 2**30, 2**30))})
+    assert bk.accelerate(heavy(0.9), plan=plan)[0].form.rows < 100
 
 
 def test_training_goes_on_from_the_kept_blocks(every_form):
@@ -284,6 +320,41 @@ def test_measured_times_are_kept_and_used_again(monkeypatch, tmp_path):
     assert first.layers["0"].measured and list(tmp_path.glob("times-*.json"))
     monkeypatch.setattr(tuning, "_share", lambda *_: pytest.fail("measured twice"))
     assert bk.plan_of(bk.accelerate(heavy(0.9))) == first
+
+
+@pytest.mark.parametrize("swap", [bk.accelerate, bk.quantize_])
+def test_a_sample_says_at_how_many_rows_forms_are_timed(swap, monkeypatch, tmp_path):
+    monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
+    seen, share = [], tuning._share
+    monkeypatch.setattr(tuning, "_share", lambda *given: seen.append(given[-1]) or share(*given))
+    swap(heavy(0.9), sample=torch.zeros(2, 3, 256))
+    assert seen and set(seen) == {(6,)}
+    swap(heavy(0.9), sample={"input": torch.zeros(6, 256)})
+    swap(heavy(0.9), sample=(torch.zeros(6, 256),))
+    assert set(seen) == {(6,)}
+    swap(heavy(0.9))
+    assert set(seen) == {(6,), tuning.ROWS}
+
+
+def test_a_sample_leaves_no_trace(monkeypatch):
+    model = pruned("BertModel").train()
+    model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    from bertkern.sampling import rows_seen
+
+    call = inputs(model, batch=2, length=7)
+    rows = rows_seen(model, call)
+    assert set(rows.values()) == {14, 2} and rows["pooler.dense"] == 2
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(TypeError, match="expected sample to be a tensor, a tuple"):
+        bk.accelerate(model, 3)
+    with pytest.raises(RuntimeError):
+        bk.accelerate(model, torch.zeros(2, 3))
+    assert [module.training for module in model.modules()] == modes
+    assert not linears(model, PackedLinear)
+    # Fused modules pass their parts by; the rows are seen all the same.
+    assert rows_seen(bk.accelerate(model.eval(), call), call) == rows
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 9}', '{"version": 1, "machine": {}, "shares": {}}'])

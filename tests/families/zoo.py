@@ -34,6 +34,8 @@ _CONFIGS = {
         "num_hidden_layers": None,
     },
     "MPNet": {},
+    "Albert": {"embedding_size": 20},
+    "MobileBert": {"hidden_size": 68, "intra_bottleneck_size": 52, "embedding_size": 20},
 }
 _HEADS = (
     "Model",
@@ -43,8 +45,11 @@ _HEADS = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
-_MORE = ("BertForPreTraining", "BertForNextSentencePrediction", "ElectraForPreTraining")
+_MORE = ("BertForPreTraining", "BertForNextSentencePrediction", "ElectraForPreTraining", "AlbertForPreTraining")
+_MORE += ("MobileBertForPreTraining", "MobileBertForNextSentencePrediction")
 FAMILIES = tuple(_CONFIGS)
+# Options that give every family three layers with weights of their own.
+OWN_WEIGHTS = {"Albert": {"num_hidden_groups": 3}}
 MODELS = tuple(family + head for family in FAMILIES for head in _HEADS) + _MORE
 
 

@@ -16,13 +16,19 @@ SIZES = [(1, 1), (3, 2), (13, 7), (52, 117), (117, 52), (64, 64), (96, 33)]
 
 def simulated(layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
     x, step, zero = x.double(), layer.input_scale.double(), int(layer.input_zero_point)
-    if zero:
+    if zero and step:
         values = ((x / step).round() + zero).clamp(0, 255).sub(zero) * step
     elif step:
         values = (x / step).round().clamp(-127, 127) * step
+    elif zero:
+        step = x.abs().amax(-1, keepdim=True) / 127
+        values = (x / torch.where(step > 0, step, 1.0)).round() * step
     else:
-        scale = x.abs().amax(-1, keepdim=True) / 127
-        values = torch.where(scale == 0, 0.0, x / scale).round().clamp(-127, 127) * scale
+        low, high = (end(x, -1, keepdim=True) for end in (torch.amin, torch.amax))
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = torch.where(high > low, (high - low) / 255, 1.0)
+        start = (-low / scale).round()
+        values = (((x / scale).round() + start).clamp(0, 255) - start) * scale
     y = values @ (layer.weight_codes.double() * layer.weight_scale.double().reshape(-1, 1)).T
     y = y if layer.bias is None else y + layer.bias.double()
     out = layer.output_scale.double()
@@ -36,9 +42,11 @@ def test_dynamic(k, n, weight, bias):
     torch.manual_seed(k)
     layer = Int8Linear.from_linear(nn.Linear(k, n, bias=bias), Int8Config(weight=weight)).eval()
     assert layer.weight_scale.numel() == (n if weight == "per_channel" else 1)
+    symmetric = Int8Linear.from_codes(layer.weight_codes, layer.weight_scale, layer.bias, input_zero_point=128).eval()
     for shape in ((5, k), (2, 3, k), (k,), (0, k), (1, k)):
         x = torch.randn(shape)
-        torch.testing.assert_close(layer(x), simulated(layer, x), atol=2e-2, rtol=1e-3)
+        for here in (layer, symmetric):
+            torch.testing.assert_close(here(x), simulated(here, x), atol=2e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("zero_point", [0, 90])

@@ -84,6 +84,87 @@ def test_every_padding(keep_padding, empty_attends, biased):
     assert torch.equal(encoder(x, mask, bias, packed, norms, [2, 2], 2, 1e-5, keep_padding, False, empty_attends), y[1])
 
 
+def head_mask(rows, heads, seed=7):
+    """Fractions, a head of zeros in each layer, and some of ones."""
+    made = torch.rand(rows, sum(heads), generator=torch.Generator().manual_seed(seed)) * 1.5
+    made[:, 1], made[:, heads[0]], made[:, -1] = 0, 0, 1
+    made[-1, 0] = 0
+    return made
+
+
+@pytest.mark.parametrize("rows", (1, 8))
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("biased", (False, True))
+def test_head_masks_against_float64(rows, threads, biased):
+    """Layers have heads of their own; with 64 wide heads and two threads, heads are tasks."""
+    heads = [2, 2] if biased else [2, 4]
+    packed, plain, norms = stack(2, 128, 60, "fp32")
+    bias = torch.randn(1, 2, 41, 41, generator=torch.Generator().manual_seed(6)) if biased else None
+    factors = head_mask(rows, heads)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for batch in (8, 1):
+            x, mask = inputs(8, 41, 128)[:batch], every_padding(41)[:batch]
+            options = (norms, heads, 1, 1e-5, False, True, False, False, factors[:batch])
+            expected = reference.encoder(x, mask, bias, plain, *options)
+            torch.testing.assert_close(
+                encoder(x, mask, bias, packed, *options).double(), expected, rtol=1e-5, atol=5e-5
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ("int8", "fp32"))
+def test_masked_heads_are_skipped(kind):
+    """What a masked head would compute is not looked at, be it NaN; ones change no bit."""
+    packed, _, norms = stack(2, 64, 96, kind)
+    x, mask = inputs(8, 41, 64), every_padding(41)
+    options = (norms, [4, 4], 1, 1e-12, False, True, False, False)
+    clean = encoder(x, mask, None, packed, *options, head_mask(8, [4, 4]))
+    assert torch.equal(
+        encoder(x, mask, None, packed, *options, torch.ones(1, 8)), encoder(x, mask, None, packed, *options)
+    )
+    poisoned = list(packed)
+    for i in range(3):  # head 1 of layer 0, which is masked in every sequence
+        weight, scale, bias = ops.unpack_linear(packed[i])
+        bias = bias.clone()
+        bias[16:32] = float("nan")
+        poisoned[i] = ops.pack_qlinear(weight, scale, bias) if kind == "int8" else ops.pack_linear(weight, bias)
+    assert torch.equal(encoder(x, mask, None, poisoned, *options, head_mask(8, [4, 4])), clean)
+    some = head_mask(8, [4, 4])
+    some[3, 1] = 0.5
+    mixed = encoder(x, mask, None, poisoned, *options, some)
+    others = torch.arange(8) != 3
+    assert torch.equal(mixed[:, others], clean[:, others]) and mixed[:, 3, :2].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ("int8", "fp32"))
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("length", (1, 9, 150))
+def test_packed_output_has_the_bits_of_the_padded(kind, masked, length):
+    packed, _, norms = stack(2, 64, 96, kind)
+    x, mask = inputs(8, length, 64), every_padding(length)
+    factors = head_mask(8, [4, 4]) if masked else None
+    for empty_attends in (False, True):
+        for states in (False, True):
+            options = (packed, norms, [4, 4], 1, 1e-12, False, states, empty_attends, False, factors)
+            for given in (mask, mask[:, :0], None, torch.zeros_like(mask), mask.bool()):
+                part = x if given is None else x[:, : given.shape[1]]
+                expected = encoder(part, given, None, *options)
+                expected = expected.flatten(-3, -2) if given is None else expected[..., given != 0, :]
+                got = encoder(part, given, None, *options, True)
+                assert got.shape == expected.shape and torch.equal(got, expected)
+    bias = torch.randn(1, 4, length, length, generator=torch.Generator().manual_seed(6))
+    options = (packed, norms, [4, 4], 1, 1e-12)
+    expected = encoder(x, mask, bias, *options)[mask != 0]
+    assert torch.equal(encoder(x, mask, bias, *options, packed=True), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        expected = encoder(x.to(dtype), mask, None, *options)[mask != 0]
+        got = encoder(x.to(dtype), mask, None, *options, packed=True)
+        assert got.dtype == dtype and torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("kind", ("int8", "fp32"))
 def test_padding_reaches_no_token_and_no_other_sequence(kind):
     packed, _, norms = stack(2, 64, 96, kind)
@@ -118,7 +199,9 @@ def test_traced_calls_give_the_same_bits(backend, empty_attends):
 
     class Encoder(torch.nn.Module):
         def forward(self, x, mask):
-            return encoder(x, mask, None, packed, norms, [2, 2], 1, 1e-12, False, True, empty_attends)
+            options = (packed, norms, [2, 2], 1, 1e-12, False, True, empty_attends, False)
+            states = encoder(x, mask, None, *options, mask[:, :1].float() * torch.tensor([[1, 0, 0.5, 2]]))
+            return torch.cat([states.flatten(1, 2), encoder(x, mask, None, *options, None, True)], 1)
 
     torch._dynamo.reset()
     x, mask = inputs(8, 41, 32), every_padding(41)
@@ -218,5 +301,30 @@ def test_bad_input_and_opcheck():
     ):
         with pytest.raises(RuntimeError, match=match):
             encoder(*arguments, 1, 1e-12)
+    for match, factors in (
+        (r"expected head_mask of shape \[1 or B, heads of all layers\] = \[2, 2\]. Got \[2\]", torch.ones(2)),
+        (r"expected head_mask of shape .* Got \[2, 3\]", torch.ones(2, 3)),
+        (r"expected head_mask of shape .* Got \[3, 2\]", torch.ones(3, 2)),
+        (r"expected head_mask of shape .* Got \[0, 2\]", torch.ones(0, 2)),
+        (r"expected head_mask of dtype float32. Got int64", torch.ones(2, 2, dtype=torch.int64)),
+        (r"expected head_mask to be finite. Got NaN or Inf", torch.tensor([[1, float("nan")]])),
+        (r"expected head_mask to be finite. Got NaN or Inf", torch.tensor([[1, -float("inf")]])),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            encoder(x, mask, None, packed, norms, [2], 1, 1e-12, head_mask=factors)
     assert encoder(x[:0], mask[:0], None, packed, norms, [2], 1, 1e-12).shape == (0, 9, 32)
-    torch.library.opcheck(torch.ops.bertkern.encoder.default, (x, mask, None, packed, norms, [2], 1, 1e-12))
+    options = {"head_mask": torch.tensor([[1, 0.5]]), "packed": True}
+    with pytest.raises(RuntimeError, match=r"expected a mask with data, which decides the packed size"):
+        encoder(
+            *(t.to("meta") for t in (x, mask)),
+            None,
+            [p.to("meta") for p in packed],
+            norms.to("meta"),
+            [2],
+            1,
+            1e-12,
+            packed=True,
+        )
+    for given in ({}, {"head_mask": options["head_mask"]}, options):
+        torch.library.opcheck(torch.ops.bertkern.encoder.default, (x, mask, None, packed, norms, [2], 1, 1e-12), given)
+    torch.library.opcheck(torch.ops.bertkern.encoder.default, (x, None, None, packed, norms, [2], 1, 1e-12), options)

@@ -30,7 +30,8 @@ print(digest.hexdigest())
 """
 
 
-FILES = [f"tests/ops/test_{name}.py" for name in ("linear", "encoder", "sparse")]
+NAMES = ("linear", "attention", "attention_codes", "encoder", "encoder_codes", "mobilebert", "sparse")
+FILES = [f"tests/ops/test_{name}.py" for name in NAMES]
 
 
 @pytest.mark.parametrize("isa", HERE)

@@ -94,6 +94,7 @@ def test_linear_from_gives_gradients_to_its_weight(backend):
     check(lambda x, w, b: op.linear_from(x, packed, w, b), plain, [x, weight, bias], backend)
     packed = ops.pack_linear(weight)
     check(lambda x, w: op.linear_from(x, packed, w, None), plain, [x, weight], backend)
+    check(lambda x, w: op.linear_from(x, packed, w, None, 4), lambda x, w: plain(x, w).tanh(), [x, weight], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,9 +126,13 @@ def test_add_layernorm_and_embed(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("empty_attends, keep_padding, states", [(False, False, False), (True, True, True)])
-def test_encoder(backend, empty_attends, keep_padding, states):
+@pytest.mark.parametrize("rows, unpadded", [(0, False), (1, True), (8, False)])
+def test_encoder(backend, empty_attends, keep_padding, states, rows, unpadded):
+    if unpadded and backend != "eager":
+        pytest.skip("its size depends on data")
     x, mask, bias = random(8, 9, 12), every_padding(9), random(1, 2, 9, 9, seed=1)
-    options = ([2, 2], 1, 1e-5, keep_padding, states, empty_attends)
+    options = ([2, 2], 1, 1e-5, keep_padding, states, empty_attends, False)
+    head_mask = (random(max(rows, 1), 4, seed=2) + 1) * torch.tensor([1, 1, 0, 1])
     layers = [[], []]
     packed, codes = [], {}
     for i, (n, k) in enumerate(([(12, 12)] * 4 + [(10, 12), (12, 10)]) * 2):
@@ -142,23 +147,26 @@ def test_encoder(backend, empty_attends, keep_padding, states):
         layer += list(random(4, 12, seed=80 + i))
     norms = torch.stack([torch.stack(layer[12:]) for layer in layers])
 
-    def plain(x, bias, *tensors):
+    def plain(x, bias, head_mask, *tensors):
         halves, linears = (tensors[:16], tensors[16:]), []
         for i in range(12):
             weight, offset = halves[i // 6][2 * (i % 6) : 2 * (i % 6) + 2]
             if i in codes:
                 weight, offset = codes[i].codes * codes[i].scale[:, None], offset.detach()
             linears.append(reference.dense(weight, offset))
-        return reference.encoder(x, mask, bias, linears, torch.stack([torch.stack(h[12:]) for h in halves]), *options)
+        norms = torch.stack([torch.stack(h[12:]) for h in halves])
+        head_mask = head_mask if rows else None
+        return reference.encoder(x, mask, bias, linears, norms, *options, head_mask, unpadded)
 
-    def fused(x, bias, *tensors):
+    def fused(x, bias, head_mask, *tensors):
         made_from = list(tensors)
         for i in codes:
             start = 16 * (i // 6) + 2 * (i % 6)
             made_from[start : start + 2] = [torch.empty(0)] * 2
-        return op.encoder_from(x, mask, bias, packed, norms, made_from, *options)
+        head_mask = head_mask if rows else None
+        return op.encoder_from(x, mask, bias, packed, norms, made_from, *options, head_mask, unpadded)
 
-    check(fused, plain, [x, bias, *layers[0], *layers[1]], backend)
+    check(fused, plain, [x, bias, head_mask, *layers[0], *layers[1]], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -221,5 +229,8 @@ def test_opcheck():
     packed = [ops.pack_linear(weight) for weight in weights]
     x, norms = random(2, 3, 4).requires_grad_(), random(1, 4, 4)
     rest = ([2], 1, 1e-5, False, False, True)
+    torch.library.opcheck(op.encoder_from.default, (x, torch.ones(2, 3), None, packed, norms, made_from, *rest))
+    torch.library.opcheck(op.encoder.default, (x, torch.ones(2, 3), None, packed, norms, *rest))
+    rest = (*rest, False, torch.tensor([[0.5, 0.0]], requires_grad=True))
     torch.library.opcheck(op.encoder_from.default, (x, torch.ones(2, 3), None, packed, norms, made_from, *rest))
     torch.library.opcheck(op.encoder.default, (x, torch.ones(2, 3), None, packed, norms, *rest))

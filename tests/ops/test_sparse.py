@@ -226,6 +226,7 @@ def test_static_ranges_and_requantized_output(block, form):
     for static in (
         {"input_scale": 0.03},
         {"input_scale": 0.03, "input_zero_point": 100},
+        {"input_zero_point": 128},
         {"output_scale": 0.05},
         {"input_scale": 0.02, "output_scale": 0.04},
     ):

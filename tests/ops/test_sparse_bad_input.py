@@ -127,7 +127,10 @@ def test_pack(changes, message):
         ({"rest": (math.nan, 0, 0.0, 0)}, r"expected input_scale >= 0 \(0: per token\). Got nan."),
         ({"rest": (0.1, 0, math.inf, 0)}, r"expected output_scale >= 0 \(0: none\). Got inf."),
         ({"rest": (0.1, 256, 0.0, 0)}, r"expected input_zero_point in \[0, 255\]. Got 256."),
-        ({"rest": (0.0, 7, 0.0, 0)}, r"expected a static input_scale beside input_zero_point."),
+        (
+            {"rest": (0.0, 7, 0.0, 0)},
+            r"expected input_zero_point = 0, or 128 for symmetric ranges, beside input_scale = 0 .per token.. Got 7.",
+        ),
         ({"k": 32769}, r"expected K <= 32768, beyond which an int32 sum could overflow. Got 32769."),
     ],
 )
