@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Measures everything that the README and benchmarks/results show, on a machine that does nothing else, and fills the
 # README's table. About three hours. PYTHON names the interpreter of bertkern, RIVALS the one that has the other engines
-# (the same by default), DEEPSPARSE the one that has DeepSparse (see benchmarks/engines/deepsparse_engine.py).
+# (the same by default), DEEPSPARSE the one that has DeepSparse (see benchmarks/engines/deepsparse_engine.py), SENTENCES the
+# one that has sentence-transformers[onnx,openvino] and datasets.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 rivals=${RIVALS:-$python}
 deepsparse=${DEEPSPARSE:-$rivals}
+sentences=${SENTENCES:-$rivals}
 out=benchmarks/results
 int8=bertkern-int8,torch-int8,onnxruntime-int8,torchao-int8,ctranslate2-int8,openvino-int8
 float=bertkern-fp32,torch-fp32,torch-bf16,onnxruntime-fp32,openvino-bf16
@@ -29,6 +31,16 @@ for pattern in 16x4@0.8 32x32@0.8 1x4@0.8; do
 done
 bench encoder --pattern 1x1@0.9 --threads 2 --shapes 1x128,8x128 --engines "$float,deepsparse-fp32,bertkern-fp32:dense"
 bench encoder --model bert-base-d26 --threads 2 --shapes 1x128,8x128 --engines bertkern-int8,bertkern-fp32,torch-fp32
+"$python" -m bertkern bench attention --threads 2 --out "$out"
+"$python" -m bertkern bench attention --threads 1 --shapes 1x16,1x128,8x128,1x384,1x2048 --out "$out"
+"$python" -m bertkern bench attention --threads 2 --head-dim 32 --shapes 32x16,32x32:0.3,8x128,1x384 --out "$out"
+"$python" -m bertkern bench padding --threads 2 --out "$out"
+"$python" -m bertkern bench padding --threads 2 --model minilm --batches 16 --out "$out"
+"$python" -m bertkern bench heads --threads 2 --out "$out"
+"$python" -m bertkern bench heads --threads 2 --engines bertkern-int8,bertkern-int8-masked --name int8 --out "$out"
+"$python" -m bertkern bench sentences --threads 2 --out "$out" \
+    --python "onnxruntime=$sentences" --python "openvino=$sentences"
+"$python" -m bertkern bench importance --threads 2 --sentences 1000 --rounds 1 --out "$out"
 bench memory
 "$python" -m bertkern demo --threads 2 --out "$out"
 "$python" -m benchmarks.readme_table

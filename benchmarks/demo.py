@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from . import engines, fetch, peak
-from .encoder import OURS, REFERENCE, check, start
-from .harness import Python, Worker, WorkerError, ratio, take_turns
+from .encoder import save_batches
+from .harness import Python, WorkerError, counted, ratio, take_turns
+from .opening import OURS, REFERENCE, Probe, check, start
 from .results import Run
 
 ENGINES = (REFERENCE, "torch-int8", OURS)
@@ -28,33 +29,34 @@ AXIS = "sentences a call"
 LONGEST = 256  # tokens; what the model's own sentence-transformers configuration truncates to
 
 
-def batches(sentences: Sequence[str], folder: Path, size: int) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
-    """Tokenizes, sorts by length, and pads each batch to its longest sentence.
-
-    Returns: the batches, and the order: `order[i]` is the sentence that stands at place i of the batches.
-    """
+def tokenize(sentences: Sequence[str], folder: Path) -> list[list[int]]:
+    """Token ids of each sentence by the tokenizer.json in `folder`, [CLS] and [SEP] among them."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(LONGEST)
-    tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(sentences))]
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(sentences))]
+
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """The model's inputs for one batch, as long as its longest sentence."""
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    mask = np.zeros_like(ids)
+    for row, (place, seen) in zip(rows, zip(ids, mask, strict=True), strict=True):
+        place[: len(row)], seen[: len(row)] = row, 1
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def batches(sentences: Sequence[str], folder: Path, size: int) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+    """Tokenizes, sorts by length, and pads each batch to its longest sentence.
+
+    Returns: the batches, and the order: `order[i]` is the sentence that stands at place i of the batches.
+    """
+    tokens = tokenize(sentences, folder)
     order = np.argsort([len(t) for t in tokens], kind="stable")
-    out = []
-    for start_at in range(0, len(order), size):
-        rows = [tokens[i] for i in order[start_at : start_at + size]]
-        ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
-        mask = np.zeros_like(ids)
-        for row, (place, seen) in zip(rows, zip(ids, mask, strict=True), strict=True):
-            place[: len(row)], seen[: len(row)] = row, 1
-        out.append({"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)})
-    return out, order
-
-
-def save_batches(path: Path, chosen: Sequence[dict[str, np.ndarray]]) -> str:
-    """Writes batches in the form that the engines read."""
-    np.savez(path, **{f"{name}_{i}": value for i, batch in enumerate(chosen) for name, value in batch.items()})
-    return str(path)
+    starts = range(0, len(order), size)
+    return [padded([tokens[i] for i in order[at : at + size]]) for at in starts], order
 
 
 def embeddings(saved: str, order: np.ndarray) -> np.ndarray:
@@ -103,12 +105,11 @@ def run(
 
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        probe_worker = stack.enter_context(Worker("probe", threads, python))
-        workers, opened, absent = start(specs, "model", threads, python, stack, lambda _: {"model": str(folder)})
+        probe = stack.enter_context(Probe(threads, python))
+        options = {"model": str(folder)}
+        workers, opened, absent = start(specs, "model", threads, python, stack, lambda _: options, report)
         run = Run(f"demo-minilm-{threads}t", peak.cpu_model(), peak.isa(), threads, absent=absent)
         run.facts = {"model": "all-MiniLM-L6-v2", "pairs": len(pairs), "rounds": rounds}
-        for spec, reason in absent.items():
-            report(f"{spec}: absent, {reason}" if reason.startswith("needs") else reason)
 
         everything, first = save_batches(scratch / "all.npz", grouped), None
         for done, worker in enumerate(list(workers)):
@@ -141,23 +142,14 @@ def run(
         if not workers:
             return run
 
-        def probe(_: Worker) -> float:
-            return probe_worker.ask("quiet", threads=threads)["quiet"]
-
         # Speed on a sample that keeps the mix of lengths: every tenth batch, and single sentences spread over all.
         singles, _ = batches(sentences[:: len(sentences) // 24], folder, 1)
         for name, chosen, size in (("1", singles, 1), (str(BATCH), grouped[5::10], BATCH)):
             inputs = save_batches(scratch / f"speed-{name}.npz", chosen)
             for worker in workers:
                 worker.ask("prepare", inputs=inputs)
-            total, done = rounds * len(workers), [0]
-
-            def progress(spec: str, name: str = name, total: int = total, done: list[int] = done) -> None:
-                done[0] += 1
-                if tick:
-                    tick(f"{spec}, {name} at a time", done[0], total)
-
-            samples = take_turns(workers, rounds, seconds, probe, progress=progress)
+            progress = counted(tick, rounds * len(workers), f"{{}}, {name} at a time".format)
+            samples = take_turns(workers, rounds, seconds, probe.quiet, progress=progress)
             count = sum(len(batch["input_ids"]) for batch in chosen)
             for spec, s in samples.items():
                 rates = tuple(count / ms * 1e3 for ms in (s.median, s.p80, s.p20))

@@ -6,6 +6,7 @@ and keeps the statistics.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -212,6 +213,19 @@ def ratio(slow: Samples, fast: Samples) -> tuple[float, float, float]:
         r = slow.median / fast.median
         return r, r, r
     return quantile(ratios, 0.5), quantile(ratios, 0.2), quantile(ratios, 0.8)
+
+
+def counted(
+    tick: Callable[[str, int, int], None] | None, total: int, what: Callable[[str], str]
+) -> Callable[[str], None]:
+    """The `progress` of `take_turns` that calls `tick` with (what(spec), turns done, total)."""
+    done = itertools.count(1)
+
+    def progress(spec: str) -> None:
+        if tick:
+            tick(what(spec), next(done), total)
+
+    return progress
 
 
 def take_turns(

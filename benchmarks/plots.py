@@ -30,8 +30,11 @@ def save(run: Run, path: Path) -> Path:
     if not run.rows:
         raise ValueError(f"{run.name}: nothing was measured, so there is nothing to draw.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw = {"encoder": _latency, "gemm": _gemm, "sparse": _sparse, "demo": _demo, "memory": _memory}
-    figure = draw[run.name.partition("-")[0]](run, _pyplot())
+    from .plots_attention import draw as attention
+
+    draw = {"gemm": _gemm, "sparse": _sparse, "demo": _demo, "sentences": _demo, "memory": _memory}
+    draw |= {"attention": attention, "groupwise": _groupwise}
+    figure = draw.get(run.name.partition("-")[0], _latency)(run, _pyplot())
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
     return path
 
@@ -55,7 +58,8 @@ def _bars(axes: Any, names: list[str], values: list[float], labels: list[str], s
         axes.spines[side].set_visible(False)
 
 
-def _headline(figure: Any, run: Run, title: str) -> None:
+def headline(figure: Any, run: Run, title: str) -> None:
+    """A title above, the facts of the run below."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.text(0.01, -0.01, facts_line(run), ha="left", va="top", fontsize=7.5, color=MUTED)
 
@@ -76,7 +80,35 @@ def _latency(run: Run, plt: Any) -> Any:
         )
         axes.set_title(shape, loc="left", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
-    _headline(figure, run, f"{run.facts.get('model', '')}, milliseconds a batch (batch x tokens); shorter is better")
+    each = "" if run.name.startswith("importance") else " a batch"
+    title = f"{run.facts.get('model', '')}, milliseconds{each} ({run.rows[0].x_name}); shorter is better"
+    headline(figure, run, title)
+    return figure
+
+
+def _groupwise(run: Run, plt: Any) -> Any:
+    """One panel a number of rows: times our int8 kernel over the groupings, one line a layer."""
+    points = [(*x.partition(" ")[0].split("x", 1), x.partition(" ")[2], x) for x in run.x_values("latency_ms")]
+    rows = sorted({int(m) for m, *_ in points})
+    groupings = list(dict.fromkeys(grouping for *_, grouping, _ in points))
+    figure, grid = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.4), squeeze=False, sharey=True)
+    for axes, m in zip(grid.flat, rows, strict=True):
+        for layer in dict.fromkeys(layer for _, layer, *_ in points):
+            found = [(g, x) for number, which, g, x in points if int(number) == m and which == layer]
+            gains = [(g, run.find("bertkern-int8 / bertkern-groupwise-int8", "ratio", x)) for g, x in found]
+            known = [(groupings.index(g), gain.median) for g, gain in gains if gain]
+            if known:
+                axes.plot(*zip(*known, strict=True), marker="o", markersize=4, linewidth=1.2, label=layer)
+        axes.axhline(1, color=MUTED, linewidth=0.8)
+        axes.set_xticks(range(len(groupings)), groupings, rotation=60)
+        axes.set_title(f"M = {m}", loc="left", fontsize=10)
+        axes.grid(color=GRID, linewidth=0.8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    if grid.flat[-1].lines[1:]:
+        grid.flat[-1].legend(title="layer, N x K", fontsize=7.5, title_fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    headline(figure, run, "Group-wise weights, int8 activations: times our int8 kernel; higher is better")
     return figure
 
 
@@ -113,7 +145,7 @@ def _gemm(run: Run, plt: Any) -> Any:
     grid.flat[-1].legend(title="layer, N x K", fontsize=7.5, title_fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     what = "share of the int8 peak" if metric == "share_of_peak" else "milliseconds"
-    _headline(figure, run, f"One linear layer, {provider}: {what}")
+    headline(figure, run, f"One linear layer, {provider}: {what}")
     return figure
 
 
@@ -149,7 +181,7 @@ def _sparse(run: Run, plt: Any) -> Any:
     keys += [plt.Line2D([], [], color=MUTED, ls=style, label=name) for name, style in dashes.items()]
     figure.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.0, 0.93), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
-    _headline(figure, run, "One linear layer (M x N x K): times our dense kernel of the data type, over zeros")
+    headline(figure, run, "One linear layer (M x N x K): times our dense kernel of the data type, over zeros")
     return figure
 
 
@@ -177,7 +209,7 @@ def _demo(run: Run, plt: Any) -> Any:
         _bars(axes, [r.provider for r in rows], [r.median for r in rows], [form.format(r.median) for r in rows])
         axes.set_title(title, loc="left", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / height))
-    _headline(figure, run, "all-MiniLM-L6-v2 on the sentences of the STS Benchmark")
+    headline(figure, run, f"{run.facts['model']} on the sentences of the STS Benchmark")
     return figure
 
 
@@ -188,6 +220,6 @@ def _memory(run: Run, plt: Any) -> Any:
     figure, axes = plt.subplots(figsize=(6.5, 2.6))
     values = [row.median for _, row in bars]
     _bars(axes, [name for name, _ in bars], values, [f"{value:,.0f}" for value in values])
-    _headline(figure, run, "resident MB while BERT-base becomes int8")
+    headline(figure, run, "resident MB while BERT-base becomes int8")
     figure.tight_layout()
     return figure

@@ -18,19 +18,17 @@ from .tables import SparsePoint, facts_line, milliseconds, share_of_zeros
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
-ENCODER, DEMO, SPARSE = "encoder-bert-base-2t", "demo-minilm-2t", "sparse-1t"
 EMPTY = "*Not measured yet: `benchmarks/campaign.sh` measures and fills this.*"
 
 
 def table(results: Path) -> str:
-    """The Markdown between the markers: BERT-base's latency, what the demo measured, what skipping zeros gains."""
-    parts = []
-    if (results / f"{ENCODER}.json").exists():
-        parts.append(_encoder(load(results / f"{ENCODER}.json")))
-    if (results / f"{DEMO}.json").exists():
-        parts.append(_demo(load(results / f"{DEMO}.json")))
-    if (results / f"{SPARSE}.json").exists():
-        parts.append(_sparse(load(results / f"{SPARSE}.json")))
+    """The Markdown between the markers: a part for each of the `PARTS` whose results are there."""
+    runs = ([results / f"{name}.json" for name in names] for names in PARTS)
+    parts = [
+        draw(*(load(path) for path in paths if path.exists()))
+        for paths, draw in zip(runs, PARTS.values(), strict=True)
+        if any(path.exists() for path in paths)
+    ]
     return "\n\n".join(parts) or EMPTY
 
 
@@ -104,6 +102,68 @@ def _sparse(run: Run) -> str:
     header = [f"{layer} (M x N x K): times dense of ours, at zeros", *(f"{z:.0%}" for z in zeros), "ahead from"]
     text = _markdown(header, rows)
     return f"{text}\n\nMedians of {run.facts['rounds']} interleaved turns; {facts_line(run)}."
+
+
+def _attention(run: Run) -> str:
+    """Times faster than torch's attention at the same data type, and what fewer heads take of the time of all."""
+    shapes = run.x_values("ratio")
+    rows = []
+    for pair in run.providers("ratio"):
+        slow, _, fast = pair.partition(" / ")
+        if not slow.startswith("torch-eager"):
+            found = [run.find(pair, "ratio", x) for x in shapes]
+            rows.append([f"**{fast}**, times {slow}", *(f"{row.median:.2f}x" if row else "-" for row in found)])
+    for name in run.providers("time_share"):
+        found = [run.find(name, "time_share", x) for x in shapes]
+        if all(found) and found[0].config["kept"] in (6, 3) and "mask" not in name:
+            kept = f"{found[0].config['kept']} of {found[0].config['heads']} heads"
+            rows.append(
+                [f"{name.partition(':')[0]}, {kept}: share of the time", *(f"{share.median:.2f}" for share in found)]
+            )
+    text = _markdown([f"Attention, {run.facts['model']} (batch x tokens)", *shapes], rows)
+    return f"{text}\n\nMedians of {run.facts['rounds']} interleaved turns; {facts_line(run)}."
+
+
+def _sentences(run: Run) -> str:
+    """sentence-transformers' backends beside bertkern."""
+    batch = run.x_values("sentences_s")[0]
+    rows = []
+    for name in sorted(run.providers("sentences_s"), key=lambda name: not name.startswith("bertkern")):
+        score, rate = run.find(name, "spearman", "STS-B"), run.find(name, "sentences_s", batch)
+        gains = [row for row in run.rows if row.metric == "ratio" and row.provider.startswith(f"{name} / bertkern")]
+        gain = f"{gains[0].median:.2f}x" if gains else ""
+        rows.append([_strong(name), f"{score.median:.4f}" if score else "-", f"{rate.median:,.0f}", gain])
+    header = [
+        f"all-MiniLM-L6-v2 in sentence-transformers, batches of {batch}",
+        "Spearman",
+        "sentences/s",
+        "bertkern's times",
+    ]
+    text = _markdown(header, rows)
+    return f"{text}\n\nMedians of {run.facts['rounds']} interleaved turns; {facts_line(run)}."
+
+
+def _left_out(*runs: Run) -> str:
+    """What the engines need without padding, or without some of the heads, of the time with them."""
+    rows = []
+    for run in runs:
+        what = "padding" if run.name.startswith("padding") else "heads"
+        for row in run.rows:
+            if row.metric == "time_share":
+                case = f"{row.x_value}, {run.threads} threads"
+                rows.append([f"**{row.provider}**", what, case, f"{row.config['kept']:.1%}", f"{row.median:.1%}"])
+    return _markdown(["BERT-base without", "left out", "on", "work left", "time left"], rows)
+
+
+# What the README shows, in this order: names of results, and what draws those of them that are there.
+PARTS = {
+    ("encoder-bert-base-2t",): _encoder,
+    ("demo-minilm-2t",): _demo,
+    ("sentences-minilm-2t",): _sentences,
+    ("sparse-1t",): _sparse,
+    ("attention-12x64-2t",): _attention,
+    ("padding-bert-base-2t", "heads-bert-base-heads@0.5-2t"): _left_out,
+}
 
 
 def insert(readme: str, text: str) -> str:

@@ -16,15 +16,21 @@ share of the peak counts only multiply-adds of blocks that are left.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-from . import engines, gemm, peak
-from .encoder import check, precision, start
-from .harness import Python, Samples, Spec, Worker, WorkerError, ratio, take_turns
+from . import engines
+from .harness import Python, Samples, Spec, Worker, ratio
+from .one_layer import (
+    REFERENCE,
+    Case,
+    last_level_cache,
+    open_sweep,
+    parse_layers,
+    settings,
+)
+from .opening import expect_known, precision
+from .options import counts, parse_names, parse_specs
 from .patterns import Pattern, parse_blocks, parse_zeros
 from .results import Row, Run
 
@@ -34,25 +40,16 @@ BLOCKS = "1x1,1x4,16x4,32x32"
 ZEROS = "0,0.1,0.5,0.75,0.8,0.9"
 DTYPES = "int8,fp32"
 ROUNDS = 5
-REFERENCE = "torch-fp32"
 AXIS = "M x N x K, block@zeros"
 BREAK_EVEN_AXIS = "M x N x K, block"
 SKIPPING = tuple(name for name in engines.SPARSES if "-sparse-" in name or "-csr-" in name or "-bsr-" in name)
 
-
-def parse_dtypes(text: str) -> list[str]:
-    """`int8,fp32` as a list. Raises ValueError."""
-    chosen = text.split(",")
-    for name in chosen:
-        if name not in engines.SQNR_FLOOR_DB:
-            raise ValueError(f"dtype: expected one of {', '.join(engines.SQNR_FLOOR_DB)}. Got {name!r}.")
-    return chosen
-
+parse_dtypes = parse_names("dtype", tuple(engines.SQNR_FLOOR_DB))
 
 OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "engines": ("specs", gemm.parse_specs),
-    "rows": ("rows", gemm.parse_rows),
-    "layers": ("layers", gemm.parse_layers),
+    "engines": ("specs", parse_specs),
+    "rows": ("rows", counts("rows")),
+    "layers": ("layers", parse_layers),
     "blocks": ("blocks", parse_blocks),
     "zeros": ("zeros", parse_zeros),
     "dtypes": ("dtypes", parse_dtypes),
@@ -83,7 +80,7 @@ def pairs(specs: Iterable[str]) -> list[tuple[str, str]]:
 def run(
     specs: Sequence[str] | None = None,
     rows: Sequence[int] = tuple(map(int, ROWS.split(","))),
-    layers: Sequence[tuple[int, int]] = tuple(gemm.parse_layers(LAYERS)),
+    layers: Sequence[tuple[int, int]] = tuple(parse_layers(LAYERS)),
     blocks: Sequence[tuple[int, int]] = tuple(parse_blocks(BLOCKS)),
     zeros: Sequence[float] = tuple(parse_zeros(ZEROS)),
     dtypes: Sequence[str] = tuple(DTYPES.split(",")),
@@ -104,58 +101,20 @@ def run(
 
     Returns: rows with metrics latency_ms, ratio, share_of_peak (M > 1), break_even (a share of zeros).
     """
-    specs = [spec for spec in (specs or engines.SPARSES) if _known(spec) and precision(spec) in dtypes]
-    cold = 2 * gemm.last_level_cache() if cold is None else cold
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        reference = stack.enter_context(Worker(REFERENCE, 1, python))
-        reference.ask("open", engine=f"sparse/{REFERENCE}", threads=1)
-        workers, opened, absent = start(specs, "sparse", 1, python, stack)
-        for spec, reason in absent.items():
-            report(f"{spec}: absent, {reason}" if reason.startswith("needs") else reason)
-        run = Run("sparse-1t", peak.cpu_model(), peak.isa(), 1, absent=absent)
-        run.facts = {"rounds": rounds, "seconds": seconds}
-        if not workers:
-            return run
+    specs = specs or tuple(engines.SPARSES)
+    expect_known(specs, "sparse")
+    specs = [spec for spec in specs if precision(spec) in dtypes]
+    cold = 2 * last_level_cache() if cold is None else cold
+    cases = [Case(m, n, k, Pattern(b, z)) for m in rows for n, k in layers for b in blocks for z in zeros]
 
-        cases = [(m, n, k, Pattern(b, z)) for m in rows for n, k in layers for b in blocks for z in zeros]
-        for done, (m, n, k, pattern) in enumerate(cases):
-            if tick:
-                tick(f"{m}x{n}x{k} {pattern}", done, len(cases))
-            case = {"m": m, "n": n, "k": k, "pattern": str(pattern)}
-            expected = str(scratch / "expected.npz")
-            reference.ask("prepare", **case)
-            reference.ask("save", path=expected)
-            ready, agreement = [], {}
-            for worker in workers:
-                try:
-                    worker.ask("prepare", **case, cold=cold if m == 1 else 0)
-                    agreement[worker.spec] = check(worker.spec, worker.ask("compare", path=expected))
-                    ready.append(worker)
-                except WorkerError as error:
-                    if "has no blocks" not in str(error):
-                        report(f"{m}x{n}x{k} {pattern}: left out: {error}")
-            if ready:
-                peaks = {w.spec: [_peak(w)] for w in ready}
-                samples = take_turns(ready, rounds, seconds, lambda w: w.ask("quiet", threads=1)["quiet"], gemm.PAUSE_S)
-                for w in ready:
-                    peaks[w.spec].append(_peak(w))
-                _record(run, (m, n, k, pattern), samples, agreement, opened, peaks)
-        _record_break_even(run, cases, workers)
-        if tick:
-            tick("done", len(cases), len(cases))
-        return run
+    def weights(case: Case) -> dict[str, int]:
+        return {"cold": cold if case.m == 1 else 0}
 
-
-def _known(spec: str) -> bool:
-    name = Spec.parse(spec).name
-    if name not in engines.SPARSES:
-        raise ValueError(f"engine: expected one of {', '.join(engines.SPARSES)}. Got {name!r}.")
-    return True
-
-
-def _peak(worker: Worker) -> float | None:
-    return worker.ask("peak", threads=1, precision=precision(worker.spec))["peak"]
+    with open_sweep("sparse-1t", "sparse", specs, rounds, seconds, python, report) as sweep:
+        for case, turns in sweep.measure(cases, "pattern", weights, tick):
+            _record(sweep.run, case, *turns)
+        _record_break_even(sweep.run, cases, sweep.workers)
+        return sweep.run
 
 
 def _record(
@@ -170,12 +129,7 @@ def _record(
     x = (AXIS, f"{m}x{n}x{k} {pattern}")
     left = int(pattern.mask(n, k).sum())
     for spec, s in samples.items():
-        config = {
-            "weights": "cold" if m == 1 else "hot",
-            "rounds": len(s.ms),
-            "accepted": round(s.accepted_share, 2),
-            "sqnr_db": round(agreement[spec]["sqnr_db"], 1),
-        }
+        config = settings(m, s, agreement[spec])
         run.add("sparse", spec, "latency_ms", x, (s.median, s.p20, s.p80), config, opened[spec]["versions"])
         if m > 1 and all(peaks[spec]):
             best = max(peaks[spec])

@@ -14,9 +14,8 @@ from .results import Row, Run
 
 def render(run: Run) -> Group:
     """The run's facts and its tables, best of each column in bold."""
-    draw = {"encoder": _encoder, "gemm": _gemm, "sparse": _sparse, "demo": _demo, "memory": _memory}.get(
-        run.name.partition("-")[0], _encoder
-    )
+    kinds = {"gemm": _gemm, "sparse": _sparse, "groupwise": _groupwise, "demo": _demo, "sentences": _demo}
+    draw = (kinds | {"memory": _memory}).get(run.name.partition("-")[0], _sheet)
     parts: list[RenderableType] = [Text(facts_line(run), style="dim")]
     for title, table in draw(run):
         parts += ["", Text(title, style="bold"), table]
@@ -65,33 +64,55 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _encoder(run: Run) -> list[tuple[str, Table]]:
-    shapes, names = run.x_values("latency_ms"), run.providers("latency_ms")
-    latency = _table("engine", *shapes)
-    best = {x: min(row.median for row in run.rows if row.metric == "latency_ms" and row.x_value == x) for x in shapes}
+RATIO = ("ratio", "times faster, by pairs of turns", "{:.2f}x")
+PEAK = ("share_of_peak", "share of the int8 peak (linear layers alone)", "{:.0%}")
+# By kind of run, what stands under the milliseconds: metric, title, form.
+SHEETS = {
+    "encoder": (RATIO, PEAK, ("time_share", "share of the same engine's time on the whole model", "{:.1%}")),
+    "heads": (RATIO, PEAK, ("time_share", "share of the same engine's time with all heads", "{:.1%}")),
+    "padding": (RATIO, PEAK, ("time_share", "share of the same engine's time where it computes padding", "{:.1%}")),
+    "attention": (
+        RATIO,
+        ("gmac_s", "GMAC/s, softmax not counted", "{:.1f}"),
+        ("share_of_peak", "share of the data type's peak", "{:.0%}"),
+        ("time_share", "share of the same provider's time on all heads", "{:.2f}"),
+    ),
+    "importance": (("cost", "forward and backward passes", "{:.2f}"),),
+}
+
+
+def _sheet(run: Run) -> list[tuple[str, Table]]:
+    """Milliseconds, and whatever else the run has, each a table of providers by points of the axis."""
+    kind = run.name.partition("-")[0]
+    points, names = run.x_values("latency_ms"), run.providers("latency_ms")
+    latency = _table("engine", *points)
+    best = {x: min(row.median for row in run.rows if row.metric == "latency_ms" and row.x_value == x) for x in points}
     for name in names:
-        latency.add_row(name, *(_cell(run.find(name, "latency_ms", x), best[x]) for x in shapes))
+        latency.add_row(name, *(_cell(run.find(name, "latency_ms", x), best[x]) for x in points))
     tables = [("milliseconds: median, under it p20-p80 and the share of turns that counted if not all", latency)]
-    for metric, title, form in (
-        ("ratio", "times faster, by pairs of turns", "{:.2f}x"),
-        ("share_of_peak", "share of the int8 peak (linear layers alone)", "{:.0%}"),
-        ("time_share", "share of the same engine's time on the whole model", "{:.1%}"),
-    ):
+    for metric, title, form in SHEETS.get(kind, SHEETS["encoder"]):
         if not run.providers(metric):
             continue
-        table = _table("", *shapes)
+        table = _table("", *points)
         for name in run.providers(metric):
-            found = [run.find(name, metric, x) for x in shapes]
+            found = [run.find(name, metric, x) for x in points]
             table.add_row(name, *(form.format(row.median) if row else "" for row in found))
-        if metric == "time_share":
+            asked = [f"<= {form.format(row.config['asked'])}" if row and "asked" in row.config else "" for row in found]
+            if any(asked):
+                table.add_row(*(Text(text, style="dim") for text in ("  asked", *asked)))
+        if metric == "time_share" and kind in ("encoder", "heads"):
             kept = {row.config["model"]: row.config["kept"] for row in run.rows if row.metric == metric}
             title += "; multiply-adds kept: " + ", ".join(f"{name} {share:.1%}" for name, share in kept.items())
+        if metric == "time_share" and kind == "padding":
+            title += "; real tokens: " + ", ".join(f"{x} {share:.1%}" for x, share in run.facts["real"].items())
         tables.append((title, table))
-    checks = _table("", *shapes)
+    checks = _table("", *points)
     for name in names:
-        found = [run.find(name, "latency_ms", x) for x in shapes]
-        checks.add_row(name, *(f"{row.config['sqnr_db']:.1f}" if row else "" for row in found))
-    return [*tables, ("agreement with fp32 torch: SQNR, dB", checks)]
+        found = [run.find(name, "latency_ms", x) for x in points]
+        values = [f"{row.config['sqnr_db']:.1f}" if row and "sqnr_db" in row.config else "" for row in found]
+        if any(values):
+            checks.add_row(name, *values)
+    return [*tables, (f"agreement with {run.facts.get('reference', 'fp32 torch')}: SQNR, dB", checks)]
 
 
 def _gemm(run: Run) -> list[tuple[str, Table]]:
@@ -147,6 +168,22 @@ def _sparse(run: Run) -> list[tuple[str, Table]]:
     return tables
 
 
+def _groupwise(run: Run) -> list[tuple[str, Table]]:
+    """A line a case; under the milliseconds of others how many times ours of int8 activations is faster."""
+    names = run.providers("latency_ms")
+    table = _table(
+        "M x N x K, grouping", *(name.replace("bertkern-groupwise", "bertkern\ngroupwise") for name in names)
+    )
+    for x in run.x_values("latency_ms"):
+        cells = []
+        for name in names:
+            row, gain = run.find(name, "latency_ms", x), run.find(f"{name} / bertkern-groupwise-int8", "ratio", x)
+            note = f"{gain.median:.2f}x" if gain else ""
+            cells.append(Text.assemble(milliseconds(row.median), "\n", (note, "dim")) if row else "")
+        table.add_row(x, *cells)
+    return [("milliseconds: median; under others', times slower than bertkern-groupwise-int8", table)]
+
+
 @dataclass(frozen=True)
 class SparsePoint:
     """A point of the sparse benchmark's axis: `128x3072x768 16x4@0.8`."""
@@ -178,23 +215,25 @@ def share_of_zeros(row: Row) -> str:
 
 def _demo(run: Run) -> list[tuple[str, Table]]:
     names, calls = run.providers("spearman"), run.x_values("sentences_s")
-    columns = ["Spearman\nSTS-B", "weights\nMB", *(f"sentences/s\n{x} at a time" for x in calls)]
+    sizes = [run.find(name, "size_mb", "weights") for name in names]
+    columns = ["Spearman\nSTS-B", *(["weights\nMB"] if any(sizes) else [])]
+    columns += [f"sentences/s\n{x} at a time" for x in calls]
     table = _table("engine", *columns)
-    for name in names:
-        spearman, size = run.find(name, "spearman", "STS-B"), run.find(name, "size_mb", "weights")
+    for name, size in zip(names, sizes, strict=True):
+        spearman = run.find(name, "spearman", "STS-B")
         rates = [run.find(name, "sentences_s", x) for x in calls]
         table.add_row(
             name,
             f"{spearman.median:.4f}",
-            f"{size.median:.1f}" if size else "-",
+            *([f"{size.median:.1f}" if size else "-"] if any(sizes) else []),
             *(f"{rate.median:,.0f}" if rate else "-" for rate in rates),
         )
-    for name in run.providers("ratio"):
-        found = [run.find(name, "ratio", x) for x in calls]
-        slow = name.partition(" / ")[0]
-        table.add_row(
-            Text(f"times {slow}", style="dim"), "", "", *(f"{row.median:.2f}x" if row else "" for row in found)
-        )
+    pairs = [name.partition(" / ") for name in run.providers("ratio")]
+    several = len({fast for _, _, fast in pairs}) > 1
+    for slow, between, fast in pairs:
+        found = [run.find(f"{slow}{between}{fast}", "ratio", x) for x in calls]
+        cells = [""] * (len(columns) - len(calls)) + [f"{row.median:.2f}x" if row else "" for row in found]
+        table.add_row(Text(f"{f'{fast} ' if several else ''}times {slow}", style="dim"), *cells)
     return [(f"{run.facts['model']}, {run.facts['pairs']:,} pairs of sentences", table)]
 
 

@@ -31,6 +31,10 @@ def _table(*rows: tuple[str, str, str, str, str]) -> dict[str, Entry]:
 MODELS = _table(
     ("bertkern-int8", "bertkern:Int8", "torch transformers bertkern", "int8", "quantize_(model, Int8Config())"),
     ("bertkern-fp32", "bertkern:Exact", "torch transformers bertkern", "fp32", "accelerate(model)"),
+    ("bertkern-int8-padded", "bertkern:Int8Padded", "torch transformers bertkern", "int8", "keep_padding=True"),
+    ("bertkern-fp32-padded", "bertkern:ExactPadded", "torch transformers bertkern", "fp32", "keep_padding=True"),
+    ("bertkern-int8-masked", "bertkern:Int8Masked", "torch transformers bertkern", "int8", "head_mask at run time"),
+    ("bertkern-fp32-masked", "bertkern:ExactMasked", "torch transformers bertkern", "fp32", "head_mask at run time"),
     ("torch-fp32", "torch:Eager", "torch transformers", "fp32", "eager, scaled_dot_product_attention"),
     ("torch-bf16", "torch:EagerBf16", "torch transformers", "bf16", "model.bfloat16(), eager"),
     ("torch-int8", "torch:QuantizeDynamic", "torch transformers", "int8", "quantize_dynamic of every Linear"),
@@ -73,7 +77,56 @@ SPARSES = _table(
     ("torch-bf16", "sparse:TorchBf16", "torch", "bf16", "F.linear on dense weights"),
 )  # fmt: skip
 
-FAMILIES = {"model": MODELS, "linear": LINEARS, "sparse": SPARSES}
+# Providers of one linear layer with low-bit weights: `bench groupwise`.
+GROUPWISE = _table(
+    ("bertkern-groupwise-int8", "groupwise:Groupwise", "torch bertkern", "int8", "int8 activations, timed inside"),
+    ("bertkern-int8", "groupwise:Int8", "torch bertkern", "int8", "qgemm on int8 weights, timed inside"),
+    ("bertkern-groupwise-fp32", "groupwise:GroupwiseFp32", "torch bertkern", "fp32", "fp32 activations"),
+    ("bertkern-groupwise-bf16", "groupwise:GroupwiseBf16", "torch bertkern", "bf16", "bf16 activations"),
+    ("torch-fp32", "groupwise:TorchFp32", "torch", "fp32", "F.linear on the dense weights"),
+    ("torch-int4", "groupwise:TorchInt4", "torch", "bf16", "_weight_int4pack_mm_for_cpu, 4 bits along K"),
+    ("onnxruntime-int4", "groupwise:OnnxRuntimeInt4", "torch onnx onnxruntime", "int8",
+     "MatMulNBits, 4 bits along K, int8 activations"),
+)  # fmt: skip
+
+# Providers of attention alone: `bench attention`.
+ATTENTIONS = _table(
+    ("bertkern-fp32", "attention:Packed", "torch bertkern", "fp32", "ops.attention, tokens packed [T, H, d]"),
+    ("bertkern-bf16", "attention:PackedBf16", "torch bertkern", "bf16", "ops.attention, tokens packed [T, H, d]"),
+    ("torch-fp32", "attention:Sdpa", "torch", "fp32", "scaled_dot_product_attention, [B, H, L, d]"),
+    ("torch-bf16", "attention:SdpaBf16", "torch", "bf16", "scaled_dot_product_attention, [B, H, L, d]"),
+    ("torch-eager-fp32", "attention:Formula", "torch", "fp32", "softmax(q k^T) v by its matrix of scores"),
+    ("torch-eager-bf16", "attention:FormulaBf16", "torch", "bf16", "softmax(q k^T) v by its matrix of scores"),
+    ("reference", "attention:Reference", "torch", "fp32", "the tests' formula in float64"),
+)  # fmt: skip
+
+# A whole model behind sentence-transformers: `bench sentences`.
+SENTENCES = _table(
+    ("bertkern-int8", "sentence:BertkernInt8", "torch sentence_transformers bertkern", "int8", "quantize_(model)"),
+    ("bertkern-fp32", "sentence:BertkernFp32", "torch sentence_transformers bertkern", "fp32", "accelerate(model)"),
+    ("torch-fp32", "sentence:Torch", "torch sentence_transformers", "fp32", "its default backend"),
+    ("onnxruntime-int8", "sentence:Onnx", "torch sentence_transformers optimum.onnxruntime onnxruntime", "int8",
+     "its ONNX backend; export_dynamic_quantized_onnx_model"),
+    ("openvino-int8", "sentence:OpenVino", "torch sentence_transformers optimum.intel openvino nncf datasets", "int8",
+     "its OpenVINO backend; export_static_quantized_openvino_model"),
+)  # fmt: skip
+
+# Gradients of BERT-base: `bench importance`.
+GRADIENTS = _table(
+    ("bertkern-importance", "gradient:Importance", "torch transformers bertkern", "fp32", "head_importance(model)"),
+    ("torch-backward", "gradient:Backward", "torch transformers", "fp32", "loss and its gradients of all weights"),
+    ("reference", "gradient:Reference", "torch transformers", "fp32", "a factor a head, one sentence at a time"),
+)  # fmt: skip
+
+FAMILIES = {
+    "model": MODELS,
+    "linear": LINEARS,
+    "sparse": SPARSES,
+    "groupwise": GROUPWISE,
+    "attention": ATTENTIONS,
+    "sentence": SENTENCES,
+    "gradient": GRADIENTS,
+}
 ALL = {f"{family}/{name}": entry for family, table in FAMILIES.items() for name, entry in table.items()}
 
 # An engine whose outputs are further than this from fp32 torch is not timed. The floors tell wrong from right, no more:
@@ -118,7 +171,11 @@ class Engine:
 def missing(key: str) -> str | None:
     """The first module that this interpreter lacks for the engine, or None."""
     for module in ALL[key].needs:
-        if importlib.util.find_spec(module) is None:
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # of a submodule, the package itself
+            found = None
+        if found is None:
             return module
     return None
 

@@ -11,37 +11,17 @@ The graphs are what it compiles whole: opset 13, the mask added as floats; int8 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from .exporting import INPUTS, OUTPUTS, artifacts, load_model
+from .exporting import INPUTS, artifacts, export_onnx, random_tokens, with_token_types
 from .torch_engine import ModelEngine
 
 os.environ.setdefault("NM_DISABLE_ANALYTICS", "True")
 
 import deepsparse
-
-CALIBRATION = (16, 64)  # sequences of random tokens
-
-
-class Additive(torch.nn.Module):
-    """A model behind positional inputs, its mask as it is added to the scores: no logic on masks is traced."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (last_hidden_state, pooler_output)."""
-        added = (1.0 - attention_mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
-        out = self.model(input_ids=input_ids, attention_mask=added, token_type_ids=token_type_ids)
-        return out.last_hidden_state, out.pooler_output
 
 
 class Fp32(ModelEngine):
@@ -55,25 +35,14 @@ class Fp32(ModelEngine):
         """Exports once; later runs find the file beside the model."""
         target = artifacts(folder, f"deepsparse-{deepsparse.__version__}") / "fp32.onnx"
         if not target.exists():
-            ids = torch.ones(2, 8, dtype=torch.int64)
-            axes = {name: {0: "batch", 1: "length"} for name in (*INPUTS, "hidden")} | {"pooled": {0: "batch"}}
             fresh = target.with_name("fresh.onnx")
-            torch.onnx.export(
-                Additive(load_model(folder, attn_implementation="eager")).eval(),
-                (ids, ids, ids * 0),
-                str(fresh),
-                input_names=list(INPUTS),
-                output_names=list(OUTPUTS),
-                dynamic_axes=axes,
-                opset_version=13,
-                dynamo=False,
-            )
+            export_onnx(folder, fresh, opset=13, added_mask=True)
             fresh.rename(target)
         return target
 
     def convert(self, batch: dict[str, np.ndarray]) -> tuple[Any, list[np.ndarray]]:
         """Compiles the graph for the batch's shape, which takes half a minute."""
-        full = {"token_type_ids": np.zeros_like(batch["input_ids"]), **batch}
+        full = with_token_types(batch)
         arrays = [np.ascontiguousarray(full[name], np.int64) for name in INPUTS]
         shape = arrays[0].shape
         if shape not in self.compiled:
@@ -117,13 +86,7 @@ class _Samples:
     """onnxruntime's CalibrationDataReader, as far as it is used."""
 
     def __init__(self) -> None:
-        self.left = self._samples()
-
-    def _samples(self) -> Iterator[dict[str, np.ndarray]]:
-        rng = np.random.default_rng(0)
-        for _ in range(CALIBRATION[0]):
-            ids = rng.integers(1000, 30000, (1, CALIBRATION[1]))
-            yield {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        self.left = random_tokens(16)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.left, None)

@@ -6,27 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import torch
 
-from .exporting import INPUTS, OUTPUTS, Positional, artifacts, load_model
+from .exporting import OUTPUTS, artifacts, export_onnx, with_token_types
 from .torch_engine import ModelEngine
-
-
-def export(folder: str, target: Path) -> None:
-    """Writes the model as ONNX. Attention is traced in its eager form: the one that the optimizer recognises."""
-    model = Positional(load_model(folder, attn_implementation="eager"))
-    ids = torch.ones(2, 8, dtype=torch.int64)
-    axes = {name: {0: "batch", 1: "length"} for name in (*INPUTS, "hidden")} | {"pooled": {0: "batch"}}
-    torch.onnx.export(
-        model,
-        (ids, ids, ids * 0),
-        str(target),
-        input_names=list(INPUTS),
-        output_names=list(OUTPUTS),
-        dynamic_axes=axes,
-        opset_version=17,
-        dynamo=False,
-    )
 
 
 class Fp32(ModelEngine):
@@ -52,7 +34,7 @@ class Fp32(ModelEngine):
         counts = target.with_suffix(".json")
         if not counts.exists():
             plain = target.with_name("plain.onnx")
-            export(folder, plain)
+            export_onnx(folder, plain, opset=17)
             config = json.loads((Path(folder) / "config.json").read_text())
             fused = optimizer.optimize_model(
                 str(plain),
@@ -70,7 +52,7 @@ class Fp32(ModelEngine):
 
     def convert(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         wanted = {i.name for i in self.session.get_inputs()}
-        full = {"token_type_ids": np.zeros_like(batch["input_ids"]), **batch}
+        full = with_token_types(batch)
         return {name: np.ascontiguousarray(full[name]) for name in wanted}
 
     def call(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

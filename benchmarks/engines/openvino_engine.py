@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import openvino as ov
-import torch
 
-from .exporting import INPUTS, Positional, artifacts, load_model
+from .exporting import INPUTS, Positional, artifacts, example, load_model, random_tokens, with_token_types
 from .torch_engine import ModelEngine
 
 
@@ -28,8 +27,7 @@ class Bf16(ModelEngine):
         target = artifacts(folder, f"openvino-{ov.__version__.split('-')[0]}") / "model.xml"
         if not target.exists():
             model = load_model(folder, attn_implementation="eager")
-            ids = torch.ones(2, 8, dtype=torch.int64)
-            graph = ov.convert_model(Positional(model), example_input=(ids, ids, ids * 0))
+            graph = ov.convert_model(Positional(model), example_input=example())
             for port, name in zip(graph.inputs, INPUTS, strict=True):
                 port.get_tensor().set_names({name})
                 port.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
@@ -38,7 +36,7 @@ class Bf16(ModelEngine):
         return ov.Core().read_model(target)
 
     def convert(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"token_type_ids": np.zeros_like(batch["input_ids"]), **batch}
+        return with_token_types(batch)
 
     def call(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         out = self.request.infer(batch, share_inputs=True, share_outputs=True)
@@ -57,14 +55,8 @@ class Int8(Bf16):
         target = artifacts(folder, f"openvino-{ov.__version__.split('-')[0]}") / "int8.xml"
         if not target.exists():
             graph = super().graph(folder)
-            rng = np.random.default_rng(0)
-            samples = [self._sample(rng) for _ in range(16)]
+            samples = list(random_tokens(16))
             dataset = nncf.Dataset(samples)
             graph = nncf.quantize(graph, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples))
             ov.save_model(graph, target, compress_to_fp16=False)
         return ov.Core().read_model(target)
-
-    @staticmethod
-    def _sample(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        ids = rng.integers(1000, 30000, (1, 64))
-        return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
