@@ -7,6 +7,7 @@ Q8BERT section, which speaks the paper's multipliers.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -89,10 +90,20 @@ def quantize_rows(x: Tensor, scale: float = 0.0, zero_point: int = 0, unsigned: 
     return codes.clamp(-127, 127).to(torch.int8), step
 
 
+def quantize_ranges(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 of x [M, K], steps [M] and zero points [M]: each row from its lowest value to its highest."""
+    low, high = x.float().amin(1).clamp(max=0), x.float().amax(1).clamp(min=0)
+    step = high * (1 / 255) - low * (1 / 255)
+    step = torch.where(step > 0, step, torch.ones_like(step))
+    zero = (-low / step).round().clamp(max=255)
+    codes = (x.double() / step.double()[:, None]).round() + zero.double()[:, None]
+    return codes.clamp(0, 255).to(torch.uint8), step, zero
+
+
 def qgemm(
     codes: Tensor,
     scale: Tensor,
-    zero_point: int,
+    zero_point: int | Tensor,
     weight_codes: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None = None,
@@ -142,12 +153,18 @@ def int8_linear(
     bias: Tensor | None = None,
     input_scale: float = 0.0,
     output_scale: float = 0.0,
+    input_zero_point: int = 0,
 ) -> Linear:
     """A linear that quantizes its input (per token, or statically), sums integers, and may requantize its output."""
 
     def run(x: Tensor) -> Tensor:
-        codes, scale = quantize_rows(x.reshape(-1, x.shape[-1]), input_scale)
-        y = qgemm(codes, scale, 0, weight_codes, weight_scale, bias, output_scale=output_scale)
+        rows, zero = x.reshape(-1, x.shape[-1]), 0
+        if input_scale > 0 or input_zero_point == 128:
+            codes, scale = quantize_rows(rows, input_scale)
+        else:
+            codes, scale, zero = quantize_ranges(rows)
+            zero = zero[:, None]
+        y = qgemm(codes, scale, zero, weight_codes, weight_scale, bias, output_scale=output_scale)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return run
@@ -183,6 +200,39 @@ def attention(
     return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width)
 
 
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Sequence[int],
+    key_counts: Sequence[int] | None = None,
+    bias: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """softmax(scale q k^T + bias) v in float64 for packed sequences, [T, H, d]; a token without a key gives zeros."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = []
+    for i, (begin, end) in enumerate(pairwise(cu_seqlens)):
+        length = end - begin
+        queries, keys, values = (part[begin:end].double().transpose(0, 1) for part in (q, k, v))
+        scores = queries @ keys.transpose(1, 2) * scale
+        if bias is not None:
+            scores = scores + bias[i if len(bias) > 1 else 0, :, :length, :length]
+        place = torch.arange(length)
+        hidden = place[None, :] >= (length if key_counts is None else key_counts[i])
+        if causal:
+            hidden = hidden | (place[None, :] > place[:, None])
+        scores = scores.masked_fill(hidden, -torch.inf)
+        silent = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(silent, 0).softmax(-1).masked_fill(silent, 0)
+        context = weights.masked_fill(weights == 0, 0) @ torch.where(hidden.all(0)[:, None], 0, values)
+        factor = 1 if head_mask is None else head_mask[i, :, None, None]
+        out.append((context * factor).transpose(0, 1))
+    return torch.cat(out) if out else q.double()
+
+
 def encoder(
     x: Tensor,
     mask: Tensor | None,
@@ -195,20 +245,87 @@ def encoder(
     keep_padding: bool = False,
     all_hidden_states: bool = False,
     empty_attends: bool = False,
+    exact_attention: bool = False,
+    head_mask: Tensor | None = None,
+    packed: bool = False,
 ) -> Tensor:
     """A post-LayerNorm BERT encoder in float64.
 
     x [B, L, H]; mask [B, L]; position_bias [1|B, heads, L, L]; linears: query, key, value, output, ffn 1, ffn 2 of each
     layer; norms [layers, 4, H]: weight and bias of the attention's, then of the output's LayerNorm. Positions after a
-    sequence's last real token come back as zero unless keep_padding or there is no token at all. Returns [B, L, H], or
-    [layers, B, L, H] with all_hidden_states.
+    sequence's last real token come back as zero unless keep_padding or there is no token at all. head_mask [1 or B,
+    heads of all layers] scales contexts. Returns [B, L, H], or [layers, B, L, H] with all_hidden_states; packed: the
+    real tokens alone, [tokens, H] or [layers, tokens, H].
     """
     states = []
+    factors = [None] * len(heads) if head_mask is None else head_mask.double().split(list(heads), 1)
     for layer, norm in enumerate(norms):
         query, key, value, output, ffn1, ffn2 = linears[6 * layer : 6 * layer + 6]
         context = attention(query(x), key(x), value(x), heads[layer], mask, position_bias, empty_attends)
+        if factors[layer] is not None:
+            context = (context.unflatten(-1, (heads[layer], -1)) * factors[layer][:, None, :, None]).flatten(2)
         attended = add_layernorm(output(context), x, norm[0], norm[1], eps)
         x = add_layernorm(ffn2(activate(ffn1(attended), activation)), attended, norm[2], norm[3], eps)
+        states.append(x)
+    result = torch.stack(states) if all_hidden_states else x
+    if packed:
+        return result.flatten(-3, -2) if mask is None else result[..., mask != 0, :]
+    if mask is not None and not keep_padding:
+        for row, real in enumerate(mask != 0):
+            if real.any():
+                result[..., row, int(real.nonzero().max()) + 1 :, :] = 0
+    return result
+
+
+# --- MobileBERT ---------------------------------------------------------------------------------------------------
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float | None) -> Tensor:
+    """LayerNorm, or x * weight + bias where eps is None, in float64."""
+    if eps is None:
+        return x.double() * weight.double() + bias.double()
+    return add_layernorm(x, None, weight, bias, eps)
+
+
+def mobilebert_encoder(
+    x: Tensor,
+    mask: Tensor | None,
+    linears: Sequence[Sequence[Linear]],
+    norms: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    eps: Sequence[float] | None,
+    heads: Sequence[int],
+    bottleneck: int,
+    activation: int,
+    keep_padding: bool = False,
+    all_hidden_states: bool = False,
+    empty_attends: bool = False,
+) -> Tensor:
+    """MobileBERT's encoder in float64.
+
+    x [B, L, H]; mask [B, L]; bottleneck: 0 none, 1 before the residual alone, 2 another for queries and keys, 3 one for
+    all. Linears of each layer: input (bottleneck), shared (2), query, key, value, output, then both of each
+    feed-forward, out (bottleneck); norms, weight and bias: input, shared, output, each feed-forward's, out. Padding as
+    in `encoder`.
+    """
+    states = []
+    for layer, count in enumerate(heads):
+        linear = iter(linears[layer])
+        floors = [None] * len(norms[layer]) if eps is None else eps
+        norms_left = [(*pair, floor) for pair, floor in zip(norms[layer], floors, strict=True)]
+        narrow = shared = x
+        if bottleneck:
+            narrow = norm(next(linear)(x), *norms_left.pop(0))
+        if bottleneck == 2:
+            shared = norm(next(linear)(x), *norms_left.pop(0))
+        for_query = {0: x, 1: x, 2: shared, 3: narrow}[bottleneck]
+        query, key = next(linear)(for_query), next(linear)(for_query)
+        value = next(linear)(narrow if bottleneck == 3 else x)
+        context = attention(query, key, value, count, mask, None, empty_attends)
+        narrow = norm(next(linear)(context) + narrow, *norms_left.pop(0))
+        while len(norms_left) > (bottleneck > 0):
+            inner = activate(next(linear)(narrow), activation)
+            narrow = norm(next(linear)(inner) + narrow, *norms_left.pop(0))
+        x = norm(next(linear)(narrow) + x, *norms_left.pop(0)) if bottleneck else narrow
         states.append(x)
     result = torch.stack(states) if all_hidden_states else x
     if mask is not None and not keep_padding:
@@ -216,6 +333,29 @@ def encoder(
             if real.any():
                 result[..., row, int(real.nonzero().max()) + 1 :, :] = 0
     return result
+
+
+def trigram_embed(
+    ids: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    linear: Linear | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float | None,
+    trigram: bool,
+) -> Tensor:
+    """norm(linear(words) + rows of the other tables) in float64; a word may have its two neighbours beside it."""
+    rows = [
+        table[i].double() * (scale.double()[i][..., None] if scale.numel() > 1 else scale.double())
+        for i, table, scale in zip(ids, tables, scales, strict=True)
+    ]
+    words = rows[0]
+    if trigram:
+        after, before = torch.zeros_like(words), torch.zeros_like(words)
+        after[:, :-1], before[:, 1:] = words[:, 1:], words[:, :-1]
+        words = torch.cat([after, words, before], dim=-1)
+    return norm(sum(rows[1:], words if linear is None else linear(words)), weight, bias, eps)
 
 
 # --- Q8BERT as its paper has it ----------------------------------------------------------------------------------
@@ -260,18 +400,18 @@ def q8bert_linear(
 class Int8LinearReference(nn.Module):
     """A module over `int8_linear`, to stand in a model where the compiled one would."""
 
-    def __init__(self, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale, output_scale):
+    def __init__(self, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None, *steps: float):
         super().__init__()
         self.register_buffer("weight_codes", weight_codes)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
-        self.input_scale, self.output_scale = float(input_scale), float(output_scale)
+        self.steps = steps
 
     def share(self, table: nn.Module) -> None:
         self.weight_codes, self.weight_scale = table.weight_codes, table.weight_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        run = int8_linear(self.weight_codes, self.weight_scale, self.bias, self.input_scale, self.output_scale)
+        run = int8_linear(self.weight_codes, self.weight_scale, self.bias, *self.steps)
         return run(x).to(x.dtype)
 
 

@@ -10,9 +10,8 @@ def reference_kernels(monkeypatch):
     """Conversion makes modules of float64 references, so its arithmetic is tested without the compiled library."""
 
     def linear(parts):
-        return reference.Int8LinearReference(
-            parts.weight_codes, parts.weight_scale, parts.bias, parts.input_scale, parts.output_scale
-        )
+        steps = float(parts.input_scale), float(parts.output_scale), parts.input_zero_point
+        return reference.Int8LinearReference(parts.weight_codes, parts.weight_scale, parts.bias, *steps)
 
     for module in ("bertkern.compress.q8bert.conversion", "bertkern.checkpoints.nlp_architect"):
         monkeypatch.setattr(f"{module}.int8_linear", linear)

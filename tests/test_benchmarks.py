@@ -9,7 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import demo, encoder, engines, fetch, gemm, harness, models, peak, plots, readme_table, results, tables
+from benchmarks import (
+    demo,
+    encoder,
+    engines,
+    fetch,
+    gemm,
+    harness,
+    models,
+    opening,
+    peak,
+    plots,
+    readme_table,
+    results,
+    tables,
+)
 from benchmarks.harness import Samples, Worker, WorkerError, quantile, ratio, take_turns
 
 
@@ -119,7 +133,7 @@ def test_worker_runs_and_verifies_a_linear_layer(tmp_path):
             worker.ask("prepare", m=3, n=17, k=29, epilogue="fp32", copies=2)
         reference.ask("save", path=expected)
         assert reference.ask("compare", path=expected)["sqnr_db"] == 200.0
-        got = encoder.check("torch-int8", rival.ask("compare", path=expected))
+        got = opening.check("torch-int8", rival.ask("compare", path=expected))
         assert 25.0 < got["sqnr_db"] < 200.0
         assert all(ms > 0 for ms in rival.ask("turn", seconds=0.01)["ms"])
         assert rival.ask("quiet", threads=1)["quiet"] > 0
@@ -149,7 +163,7 @@ def test_unknown_names_are_errors():
     from contextlib import ExitStack
 
     with ExitStack() as stack, pytest.raises(ValueError, match=r"expected one of .*bertkern-int8.*Got 'nothing'"):
-        encoder.start(["nothing"], "linear", 1, None, stack)
+        opening.start(["nothing"], "linear", 1, None, stack)
     with pytest.raises(ValueError, match="expected bert-base, minilm or a folder"):
         models.resolve("/no/such/model", lambda **_: None)
 
@@ -170,12 +184,12 @@ def test_agreement_counts_real_tokens_only():
 
 def test_wrong_outputs_are_not_timed():
     with pytest.raises(WorkerError, match=r"outputs differ from torch-fp32: .* Got 0.20000 and 1.0 dB"):
-        encoder.check("torch-int8@avx2", {"cosine": 0.2, "sqnr_db": 1.0})
+        opening.check("torch-int8@avx2", {"cosine": 0.2, "sqnr_db": 1.0})
 
 
 def test_ratios_compare_like_with_like():
     specs = ["bertkern-int8", "bertkern-fp32", "torch-int8", "torch-fp32", "torch-fp32@avx2"]
-    assert encoder.rivals(specs) == [
+    assert opening.rivals(specs) == [
         ("torch-int8", "bertkern-int8"),
         ("torch-fp32", "bertkern-int8"),
         ("torch-fp32", "bertkern-fp32"),
@@ -277,6 +291,37 @@ def test_every_kind_of_run_is_shown_and_drawn(make, tmp_path):
     tables.show(run, console)
     assert "bertkern-int8" in console.export_text()
     assert plots.save(run, tmp_path / "deep" / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_table_of_attention_sentences_and_what_is_left_out(tmp_path):
+    attention = results.Run(
+        "attention-12x64-2t", "a processor", "avx2", 2, facts={"model": "12 heads of 64", "rounds": 3}
+    )
+    x = ("batch x tokens", "8x128")
+    attention.add("attention", "torch-fp32 / bertkern-fp32", "ratio", x, (1.5, 1.4, 1.6))
+    attention.add("attention", "torch-eager-fp32 / bertkern-fp32", "ratio", x, (9.9, 9.8, 9.9))
+    for name, kept, share in (
+        ("bertkern-fp32:6", 6, 0.51),
+        ("bertkern-fp32:mask6", 6, 0.52),
+        ("bertkern-fp32:1", 1, 0.1),
+    ):
+        attention.add("attention", name, "time_share", x, (share,) * 3, {"kept": kept, "heads": 12})
+    attention.save(tmp_path)
+    sentences = results.Run("sentences-minilm-2t", "a processor", "avx2", 2, facts={"model": "minilm", "rounds": 3})
+    for name, rate in (("torch-fp32", 300.0), ("bertkern-int8", 1500.0)):
+        sentences.add("sentences", name, "spearman", ("test set", "STS-B"), (0.82,) * 3)
+        sentences.add("sentences", name, "sentences_s", ("sentences a batch", "32"), (rate,) * 3)
+    sentences.add("sentences", "torch-fp32 / bertkern-int8", "ratio", ("sentences a batch", "32"), (5.0, 4.9, 5.1))
+    sentences.save(tmp_path)
+    heads = results.Run("heads-bert-base-heads@0.5-2t", "a processor", "avx2", 2, facts={"rounds": 3})
+    heads.add("heads", "bertkern-fp32", "time_share", x, (0.84,) * 3, {"kept": 0.833})
+    heads.save(tmp_path)
+    text = readme_table.table(tmp_path)
+    assert "| **bertkern-fp32**, times torch-fp32 | 1.50x |" in text
+    assert "| bertkern-fp32, 6 of 12 heads: share of the time | 0.51 |" in text
+    assert "eager" not in text and "mask6" not in text and "1 of 12" not in text
+    assert text.index("| **bertkern-int8** | 0.8200 | 1,500 |  |") < text.index("| torch-fp32 | 0.8200 | 300 | 5.00x |")
+    assert "| **bertkern-fp32** | heads | 8x128, 2 threads | 83.3% | 84.0% |" in text
 
 
 def test_nothing_measured_is_nothing_drawn(tmp_path):

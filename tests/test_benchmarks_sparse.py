@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import encoder, engines, harness, models, patterns, plots, readme_table, results, sparse, tables
+from benchmarks import (
+    encoder,
+    engines,
+    harness,
+    models,
+    opening,
+    patterns,
+    plots,
+    readme_table,
+    results,
+    sparse,
+    tables,
+)
 from benchmarks.harness import Samples, Spec, Worker, WorkerError
 from benchmarks.patterns import Pattern
 
@@ -54,7 +66,7 @@ def test_patterns_are_spelled_in_one_way():
 
 @pytest.mark.parametrize("text", ["", "16x4", "16x4@", "16x4@80", "0x4@0.5", "16@0.5", "16x4@-0.1", "1x1@nan", "d27"])
 def test_bad_patterns(text):
-    with pytest.raises(ValueError, match=r"pattern: expected dense, d26 or ROWSxCOLUMNS@ZEROS.*Got"):
+    with pytest.raises(ValueError, match=r"pattern: expected dense, d26, heads@SHARE or ROWSxCOLUMNS@ZEROS.*Got"):
         models.parse_pattern(text)
 
 
@@ -92,7 +104,7 @@ def test_every_provider_is_right_at_every_block_it_knows(name, zeros):
         engine.prepare(**case)
         reference.prepare(**case)
         got = engines.agreement(reference.outputs(), engine.outputs())
-        encoder.check(name, got)
+        opening.check(name, got)
         assert got["sqnr_db"] > {"fp32": 100.0, "bf16": 40.0, "int8": 30.0}[engines.SPARSES[name].precision]
     assert known >= 1
 
@@ -278,7 +290,7 @@ def test_specs_say_engine_cap_and_pattern():
     assert Spec.parse("torch-fp32") == ("torch-fp32", "", "")
     assert Spec.parse("bertkern-int8@avx2:16x4@0.8") == ("bertkern-int8", "avx2", "16x4@0.8")
     assert Spec.parse("bertkern-int8:dense") == ("bertkern-int8", "", "dense")
-    assert encoder.precision("bertkern-int8@avx2:1x1@0.9") == "int8"
+    assert opening.precision("bertkern-int8@avx2:1x1@0.9") == "int8"
 
 
 def test_interpreters_go_by_the_beginning_of_a_name():
@@ -297,7 +309,7 @@ def test_interpreters_go_by_the_beginning_of_a_name():
 
 def test_ratios_of_pruned_models_name_rivals_on_both_and_the_twin():
     specs = ["bertkern-int8", "bertkern-int8:dense", "torch-int8", "torch-int8:dense", "torch-int8:1x1@0.9"]
-    assert encoder.rivals(specs, "16x4@0.8") == [
+    assert opening.rivals(specs, "16x4@0.8") == [
         ("bertkern-int8:dense", "bertkern-int8"),
         ("torch-int8", "bertkern-int8"),
         ("torch-int8:dense", "bertkern-int8"),
@@ -420,9 +432,9 @@ def test_a_model_is_compared_with_torch_on_the_same_weights(tiny, cache):
             one.ask("open", engine="model/torch-fp32", model=str(folder), threads=1)
             one.ask("prepare", inputs=inputs)
         worker.ask("save", path=expected)
-        encoder.check("torch-fp32", worker.ask("compare", path=expected))
+        opening.check("torch-fp32", worker.ask("compare", path=expected))
         with pytest.raises(WorkerError, match=r"outputs differ"):
-            encoder.check("torch-fp32", whole.ask("compare", path=expected))
+            opening.check("torch-fp32", whole.ask("compare", path=expected))
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -452,7 +464,7 @@ def test_bench_sparse_writes_json_csv_and_a_plot(tmp_path, capsys):
         (("sparse", "--rows", "0"), "rows: expected a whole number"),
         (("sparse", "--shapes", "1x16"), "bench sparse: --shapes belongs to another benchmark"),
         (("gemm", "--zeros", "0.5"), "bench gemm: --zeros belongs to another benchmark"),
-        (("encoder", "--pattern", "16x4"), "pattern: expected dense, d26 or ROWSxCOLUMNS@ZEROS"),
+        (("encoder", "--pattern", "16x4"), "pattern: expected dense, d26, heads@SHARE or ROWSxCOLUMNS@ZEROS"),
         (("encoder", "--python", "x=/no/such"), "python: expected an interpreter"),
     ],
 )

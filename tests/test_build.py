@@ -81,8 +81,10 @@ def test_levels_share_no_code(objects):
 
 
 DOTS = re.compile(r"^(vpdpbusd|vdpbf16ps|vfmadd\d+ps|vpmaddwd)\b")
-# Kernels of csrc/cpu/gemm by name, dot and numbers: rows, or R and V.
-KERNELS = re.compile(r"::(tile|sparse_tile|tokens|token_panel)<[^<>]*::(Dot_\w+)((?:, \d+)+)>\(")
+# Kernels of csrc/cpu/gemm by name, dot and numbers: rows, or R and V; of csrc/cpu/attention by rows and vectors.
+KERNELS = re.compile(
+    r"::(tile|sparse_tile|tokens|token_panel|score_tile|value_tile)<[^<>]*::((?:Dot|Score|Value)_\w+)((?:, \d+)+)>\("
+)
 
 
 def kernel_loops(path: Path):
@@ -126,6 +128,26 @@ def test_no_product_goes_through_the_stack(level, objects):
         assert counts["token_panel", "Dot_vnni", (1, 8)] == [8]
         assert counts["token_panel", "Dot_vnni", (2, 8)] == counts["token_panel", "Dot_vnni", (4, 4)] == [16]
     assert {kernel for kernel, *_ in counts} == {"tile", "sparse_tile", "tokens", "token_panel"}
+
+
+@needs_x86
+@needs_tool("objdump")
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_no_product_of_attention_goes_through_the_stack(level, objects):
+    (path,) = [path for path in objects if level_of(path) == level and path.parent.name == "attention"]
+    loops = list(kernel_loops(path))
+    for kernel, dot, sizes, body in loops:
+        traffic = [what for what in body if "(%rsp" in what]
+        assert not traffic, f"{level} {kernel}<{dot}, {sizes}>: {traffic}"
+    most = 6 if level == "avx2" else 14
+    largest = {
+        (kernel, dot): sum(bool(DOTS.match(what)) for what in body)
+        for kernel, dot, sizes, body in loops
+        if sizes == (most, 2)
+    }
+    values = "Value_bf16" if level == "avx512bf16" else "Value_f32"
+    scores = {"avx512vnni": {"Score_s8"}, "avx512bf16": {"Score_s8", "Score_bf16"}}.get(level, {"Score_f32"})
+    assert largest == {("value_tile", values): 2 * most, **{("score_tile", score): 2 * most for score in scores}}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ELF")

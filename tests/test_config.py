@@ -22,6 +22,8 @@ def test_json_both_ways():
         ({"version": 2, "bits": 4}, "expected version 1. Got 2"),
         ({"bits": 4}, "Got \\['bits'\\]"),
         ({"kind": "int4"}, "expected kind \"int8\". Got 'int4'"),
+        ({"kind": ["int8"]}, "expected kind \"int8\". Got \\['int8'\\]"),
+        ([("weight", "per_tensor")], "Int8Config: expected a mapping. Got list"),
         ({"weight": "per_group"}, "expected weight to be one of"),
         ({"activation": None}, "expected activation to be one of"),
         ({"embeddings": 1}, "expected embeddings to be one of"),

@@ -21,7 +21,7 @@ def test_report_as_table_and_data():
     assert "skipped by the config" in text and "the config leaves the head" in text
     data = bk.report(model).to_dict()
     assert json.loads(json.dumps(data)) == data
-    assert {row["runs"] for row in data["rows"]} == {"int8", "fp32", "one operator"}
+    assert {row["runs"] for row in data["rows"]} == {"int8", "fp32", "one operator", "its parts, one by one"}
     with torch.no_grad():
         model(**inputs(model), output_attentions=True)
     assert "plain path taken 1x: bert.encoder: output_attentions was given" in str(bk.report(model))

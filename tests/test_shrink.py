@@ -13,7 +13,7 @@ import bertkern as bk
 from bertkern import shrink
 from bertkern.families import layers_of
 
-from .families.zoo import FAMILIES, inputs, make, padded, real, tensors
+from .families.zoo import FAMILIES, OWN_WEIGHTS, inputs, make, padded, real, tensors
 
 HEADS, SIZE, UNITS = 4, 13, 117  # an odd head size and an odd width
 PADDINGS = ("none", "trailing", "left", "holes", "empty")
@@ -21,7 +21,7 @@ PADDINGS = ("none", "trailing", "left", "holes", "empty")
 
 def model_of(family: str, head: str = "Model", **options) -> nn.Module:
     heads = "n_heads" if family == "DistilBert" else "num_attention_heads"
-    return make(family + head, **{heads: HEADS}, **options)
+    return make(family + head, **{heads: HEADS}, **OWN_WEIGHTS.get(family, {}), **options)
 
 
 def parts_of(model: nn.Module) -> list:
@@ -92,13 +92,14 @@ def test_exact_and_undone_bit_for_bit(family):
     }
     assert record.layers[second].kept.folded == tuple(range(15, 25))
     shapes = [[tuple(getattr(*slot).weight.shape) for slot in parts.linears()] for parts in parts_of(model)]
-    assert shapes[0] == [(26, 52)] * 3 + [(52, 26), (117, 52), (52, 117)]
-    assert shapes[1] == [(39, 52)] * 3 + [(52, 39), (97, 52), (52, 97)]
-    assert shapes[2] == [(52, 52)] * 4 + [(117, 52), (52, 117)]
+    hidden = model.config.hidden_size  # what values are made of
+    assert shapes[0] == [(26, 52)] * 2 + [(26, hidden), (52, 26), (117, 52), (52, 117)]
+    assert shapes[1] == [(39, 52)] * 2 + [(39, hidden), (52, 39), (97, 52), (52, 97)]
+    assert shapes[2] == [(52, 52)] * 2 + [(52, hidden), (52, 52), (117, 52), (52, 117)]
     for parts in parts_of(model):
         for linear in (getattr(*slot) for slot in parts.linears()):
             assert (linear.out_features, linear.in_features) == linear.weight.shape
-    removed = 2 * SIZE * (52 * 4 + 3) + SIZE * (52 * 4 + 3) + 20 * (52 * 2 + 1)
+    removed = 3 * SIZE * (52 * 3 + hidden + 3) + 20 * (52 * 2 + 1)
     assert record.nbytes == removed * 8
     assert_same_bits(shrink.full_state_dict(model, record), before)
     assert shrink.unshrink(model, record) is model
@@ -327,9 +328,9 @@ def test_under_torch_prune(family):
         prune.l1_unstructured(linear, "weight", 0.2)
         prune.custom_from_mask(linear, "weight", mask)
     value = getattr(*second.value)
-    rows = torch.ones(52)
+    rows = torch.ones_like(value.bias)
     rows[head(2)] = 0
-    prune.custom_from_mask(value, "weight", rows[:, None].expand(52, 52).clone())
+    prune.custom_from_mask(value, "weight", rows[:, None].expand_as(value.weight).clone())
     prune.custom_from_mask(value, "bias", rows)
     before, batch = state_of(model), padded(model, "trailing")
     with torch.no_grad():
@@ -337,7 +338,7 @@ def test_under_torch_prune(family):
         record = shrink.shrink(model)
         assert_close(expected, model(**batch), batch["attention_mask"])
     assert [(w["heads"], w["units"]) for w in record.widths().values()] == [([0, 2], UNITS), ([0, 1, 3], UNITS - 60)]
-    assert value.weight.shape == value.weight_mask.shape == value.weight_orig.shape == (39, 52)
+    assert value.weight.shape == value.weight_mask.shape == value.weight_orig.shape == (39, model.config.hidden_size)
     assert value.bias_mask.shape == value.bias.shape == (39,)
     assert_same_bits(shrink.full_state_dict(model, record), before)
     shrink.unshrink(model, record)
@@ -345,7 +346,7 @@ def test_under_torch_prune(family):
     with torch.no_grad():
         assert torch.equal(model(**batch).last_hidden_state, expected.last_hidden_state)
     prune.remove(value, "weight")
-    assert value.weight.shape == (52, 52) and bool((value.weight[head(2)] == 0).all())
+    assert value.weight.shape == (52, model.config.hidden_size) and bool((value.weight[head(2)] == 0).all())
 
 
 def test_masks_made_since_the_last_forward_pass_count():
@@ -582,10 +583,10 @@ def test_narrow_makes_room_for_a_ragged_checkpoint(family):
         {"pooler": {"heads": [0], "units": 3}},
         *(
             {"encoder.layer.0": {"heads": heads, "units": 3}}
-            for heads in ([], [4], [-1], [1, 0], [1, 1], [True], "01", None)
+            for heads in ([4], [-1], [1, 0], [1, 1], [True], "01", None)
         ),
         *({"encoder.layer.0": {"heads": [0], "units": units}} for units in (0, UNITS + 1, -1, 2.0, True, None)),
-        {"encoder.layer.0": {"heads": [0], "units": 3}, "encoder.layer.1": {}},
+        {"encoder.layer.0": {"heads": [0], "units": 3}, "encoder.layer.1": {"heads": [7]}},
     ],
 )
 def test_narrow_refuses_what_the_model_does_not_have(widths):
@@ -594,3 +595,17 @@ def test_narrow_refuses_what_the_model_does_not_have(widths):
     with pytest.raises(ValueError, match="narrow: expected"):
         shrink.narrow(model, widths)
     assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_narrow_to_no_heads_and_to_all_units(family):
+    model = model_of(family).double()
+    first, second, third = names_of(model)
+    record = shrink.narrow(model, {first: {"heads": []}, second: {"units": 5}, third: {}})
+    assert record.widths() == shrink.ragged(model)
+    assert record.widths() == {first: {"heads": [], "units": UNITS}, second: {"heads": [0, 1, 2, 3], "units": 5}}
+    attention = parts_of(model)[0].query[0]
+    assert attention.headless and attention.kept_heads == (0,) and shrink.numbers(parts_of(model)[0]) == ()
+    again = shrink.shrink(model)
+    assert not again and shrink.unshrink(model, record) is model
+    assert not shrink.ragged(model) and shrink.numbers(parts_of(model)[0]) == (0, 1, 2, 3)

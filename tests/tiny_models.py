@@ -32,6 +32,7 @@ _CONFIGS = {
         initializer_range=0.15,
     ),
     "MPNet": lambda: transformers.MPNetConfig(**_SIZES),
+    "Albert": lambda: transformers.AlbertConfig(**_SIZES, embedding_size=20, num_hidden_groups=2),
 }
 HEADS = [
     "Model",
@@ -41,7 +42,8 @@ HEADS = [
     "ForMaskedLM",
     "ForMultipleChoice",
 ]
-CLASSES = [family + head for family in _CONFIGS for head in HEADS] + ["ElectraForPreTraining", "BertForPreTraining"]
+CLASSES = [family + head for family in _CONFIGS for head in HEADS]
+CLASSES += ["ElectraForPreTraining", "BertForPreTraining", "AlbertForPreTraining"]
 
 
 def tiny(class_name: str, seed: int = 0, **config) -> nn.Module:

@@ -67,7 +67,6 @@ def test_exact(class_name, tmp_path):
     assert len(parameters) == len(state)
     for name, tensor in state.items():
         assert torch.equal(loaded.get_parameter(name), tensor), name
-    assert loaded.config.pruned_heads == HEADS
     assert [a.kept_heads for a in attentions(loaded)] == [(0, 2, 3), (1,)]
     close(loaded, whole)
     close(bertkern.accelerate(loaded), whole)
@@ -103,8 +102,9 @@ def test_a_layer_without_heads(class_name, pruned, tmp_path):
     whole = exported(tmp_path, class_name, pruned)
     assert any(0 in tensor.shape for tensor in load_file(tmp_path / "model.safetensors").values())
     loaded = load_checkpoint(tmp_path)
-    assert loaded.config.pruned_heads == {layer: [1, 2, 3] for layer in pruned}
-    assert all(a.kept_heads == (0,) for a in attentions(loaded))
+    widths = loaded.config.quantization_config["widths"]
+    assert [width["heads"] for width in widths.values()] == [[]] * len(pruned)
+    assert all(a.kept_heads == (0,) and a.headless for a in attentions(loaded))
     close(loaded, whole)
     loaded.save_pretrained(tmp_path / "again")
     close(load_checkpoint(tmp_path / "again"), whole)
@@ -117,11 +117,12 @@ def test_saved_models_load_again(class_name, tmp_path):
     first = load_checkpoint(tmp_path)
     first.save_pretrained(tmp_path / "again")
     values = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert values["pruned_heads"] == {str(layer): heads for layer, heads in HEADS.items()}
+    widths = values["quantization_config"]["widths"]
+    assert [width["heads"] for width in widths.values()] == [[0, 2, 3], [1]] and "pruned_heads" not in values
     second = load_checkpoint(tmp_path / "again")
     assert {n: p.shape for n, p in second.named_parameters()} == {n: p.shape for n, p in first.named_parameters()}
     assert all(torch.equal(p, second.get_parameter(n)) for n, p in first.named_parameters())
-    assert second.config.pruned_heads == first.config.pruned_heads
+    assert [a.kept_heads for a in attentions(second)] == [(0, 2, 3), (1,)]
     close(second, whole)
 
 
@@ -286,7 +287,7 @@ def test_norms_of_other_kinds(tmp_path):
 def test_families_that_cannot_lose_heads(tmp_path):
     model = tiny("MPNetModel")
     write(tmp_path, distinct(model.state_dict()), config_of(model, pruned_heads={"0": [1]}))
-    with pytest.raises(ValueError, match=r"pruned_heads in a model of type bert, .*distilbert. Got 'mpnet'"):
+    with pytest.raises(ValueError, match=r"pruned_heads in a model of type bert, .*mobilebert. Got 'mpnet'"):
         load_checkpoint(tmp_path)
 
 
