@@ -58,14 +58,17 @@ class BertLikeEmbeddings(FusedEmbeddings):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
+        *offset: int,
+        **named_offset: int,
     ) -> Tensor:
+        # How many tokens a cache holds: past_key_values_length before transformers 5.24, cache_length from there on.
+        (cached,) = (*offset, *named_offset.values()) or (0,)
         if input_ids is not None:
-            positions = self.positions(input_ids, past_key_values_length) if position_ids is None else position_ids
+            positions = self.positions(input_ids, cached) if position_ids is None else position_ids
             y = self.embed(input_ids, ZERO if token_type_ids is None else token_type_ids, positions)
             if y is not None:
                 return y
-        return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+        return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, cached)
 
 
 class BertLikeModel(FusedModel):
