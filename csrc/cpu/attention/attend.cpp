@@ -32,7 +32,7 @@ bool any_nan(const float* x, int64_t count) {
 
 void quantize_token(const float* y, int64_t width, uint8_t* out, float* scale) {
   *scale = row_kernels().quantize_row(y, width, 0.0f, kSignedZero, out);
-  flip_codes(out, width, 0x80, out);
+  row_kernels().flip_row(out, width, 0x80, out);
 }
 
 }  // namespace

@@ -149,18 +149,6 @@ void pack_group(const Linear& linear, const Rows& rows, int64_t group, const flo
   });
 }
 
-void flip_codes(const uint8_t* codes, int64_t count, uint8_t xor_mask, uint8_t* out) {
-  const uint64_t mask = xor_mask * uint64_t{0x0101010101010101};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, codes + i, 8);
-    word ^= mask;
-    std::memcpy(out + i, &word, 8);
-  }
-  for (; i < count; ++i) out[i] = codes[i] ^ xor_mask;
-}
-
 void pack_code_group(const Linear& linear, const Rows& rows, int64_t group, const uint8_t* codes, uint8_t xor_mask) {
   const int64_t k = linear.k;
   const bool straight = in_place(linear);
@@ -169,7 +157,7 @@ void pack_code_group(const Linear& linear, const Rows& rows, int64_t group, cons
     if (k > 0) out[rows.kd - 1] = 0;
     if (!straight) std::memset(out, 0, static_cast<size_t>(rows.kd) * 4);
     uint8_t* const to = reinterpret_cast<uint8_t*>(out);
-    flip_codes(codes + r * k, k, xor_mask, straight ? to : apart);
+    row_kernels().flip_row(codes + r * k, k, xor_mask, straight ? to : apart);
     if (rows.sum) place_codes(linear, rows, r, straight ? to : apart, rows.zero_of(r), to);
   });
 }
@@ -236,9 +224,10 @@ class Narrow {
     if (bits && bits != bits_) prepare(bits);
     return bits > 0;
   }
-  int tile_of(int64_t left) const { return left >= 4 ? 2 : left >= 2 ? 1 : 0; }
-  void run(int tile, const TileKernels& tiles, const uint32_t* a, const uint32_t* planes, int64_t r,
+  static int64_t rows_of(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+  void run(int64_t mr, const TileKernels& tiles, const uint32_t* a, const uint32_t* planes, int64_t r,
            const GroupPanel& scaled, const TileOutput& sums) const {
+    const int64_t tile = mr / 2;  // of 1, 2, 4
     if (linear_.along_k)
       tiles.narrow_group_tile[bits_][tile](a, rows_.pitch, planes, scaled, shift_ + r, sums);
     else
@@ -268,6 +257,32 @@ class Narrow {
 };
 thread_local Scratch Narrow::shifts;
 
+// A tile's rows, and where its operand begins.
+struct Cut {
+  int64_t r, mr, group;
+  const uint32_t* a;
+};
+thread_local Scratch cut_memory;
+
+// The tiles of groups [g0, g1): cut once, as a tile is over in some hundred cycles. `part(rows)`: how many come first.
+template <class Part>
+const Cut* cut_tiles(const Rows& rows, int64_t g0, int64_t g1, int64_t& count, Part&& part) {
+  Cut* cuts = cut_memory.get<Cut>(rows.rows + 1);
+  count = 0;
+  for (int64_t g = g0; g < g1; ++g) {
+    const int64_t begin = rows.begin(g), end = rows.begin(g + 1);
+    for (int64_t r = begin; r < end; r += cuts[count++].mr)
+      cuts[count] = {r, part(end - r), g, rows.group_data(g) + (r - begin)};
+  }
+  return cuts;
+}
+
+// The first of as many parts as `rows` takes of at most `most`, even ones.
+int64_t even_part(int64_t rows, int64_t most) {
+  const int64_t parts = (rows + most - 1) / most;
+  return (rows + parts - 1) / parts;
+}
+
 void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1,
                 const Output& output, const void* start) {
   const TileKernels& tiles = tile_kernels(linear.kind);
@@ -277,11 +292,19 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
   const Sink sink(linear, output);
   Narrow narrow(linear, rows);
   alignas(64) float buffer[kMaxRows * kPanel];
+  const Cut* cuts = nullptr;
+  int64_t count = 0;
+  bool cut_narrow = false;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
     const bool direct = sink.in_tile() && columns == kPanel;
     const SparsePanel listed = dense ? SparsePanel{} : sparse_panel(linear, p);
     const bool straight = narrow.takes(p);
+    if (!cuts || straight != cut_narrow) {
+      cut_narrow = straight;
+      cuts = straight ? cut_tiles(rows, g0, g1, count, [](int64_t left) { return Narrow::rows_of(left); })
+                      : cut_tiles(rows, g0, g1, count, [&](int64_t left) { return even_part(left, max_mr); });
+    }
     const uint32_t* panel = straight  ? panel_weights(linear, p).data
                             : grouped ? decoded_panel(linear, p)
                             : dense   ? linear.weights + p * linear.kd * kPanel
@@ -293,44 +316,34 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     if (integer && grouped) sums.weight_zero = linear.zero + column;
     const int64_t at = p * linear.groups * kPanel;
     GroupPanel scaled{linear.group, linear.groups, linear.scale + at, linear.zero + at, nullptr, rows.rows};
-    sums.out = buffer, sums.pitch = kPanel, sums.bf16 = direct && output.dtype == Dtype::bf16;
+    sums.out = buffer, sums.pitch = direct ? output.out_pitch : kPanel;
+    sums.bf16 = direct && output.dtype == Dtype::bf16;
+    sums.residual_pitch = output.residual_pitch;
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
     const int64_t share = g1 - g0 > 1 && steps > 0 ? next.bytes / (g1 - g0) : 0;
-    sums.ahead = reinterpret_cast<const char*>(panel);
-    for (int64_t g = g0; g < g1; ++g) {
-      const int64_t begin = rows.begin(g), end = rows.begin(g + 1);
-      if (share) {
-        sums.ahead = reinterpret_cast<const char*>(next.data) + (g - g0) * share;
-        sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
+    const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
+    if (share) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
+    for (const Cut *cut = cuts, *end = cuts + count; cut < end; ++cut) {
+      const int64_t r = cut->r;
+      sums.ahead = ahead + (cut->group - g0) * share;
+      if (integer) {
+        sums.row_scale = rows.scale + r;
+        sums.row_sum = rows.sum ? rows.sum + r : nullptr;
+        sums.row_zero = rows.zeros ? rows.zeros + r : nullptr;
       }
-      for (int64_t r = begin; r < end;) {
-        const int64_t left = (end - r + max_mr - 1) / max_mr;
-        const int tile = straight ? narrow.tile_of(end - r) : 0;
-        const int64_t mr = straight ? int64_t{1} << tile : (end - r + left - 1) / left;
-        if (integer) {
-          sums.row_scale = rows.scale + r;
-          sums.row_sum = rows.sum ? rows.sum + r : nullptr;
-          sums.row_zero = rows.zeros ? rows.zeros + r : nullptr;
-        }
-        if (direct) {
-          sums.residual = sink.residual(r, column), sums.residual_pitch = output.residual_pitch;
-          sums.out = sink.row(r, column), sums.pitch = output.out_pitch;
-        }
-        const uint32_t* a = rows.group_data(g) + (r - begin);
+      if (direct) sums.residual = sink.residual(r, column), sums.out = sink.row(r, column);
+      if (straight || along_k) {
         scaled.row_sum = sums.row_sum;
-        if (straight)
-          narrow.run(tile, tiles, a, panel, r, scaled, sums);
-        else if (along_k)
-          tiles.group_tile[mr](a, rows.pitch, panel, scaled, sums);
-        else if (dense)
-          tiles.tile[mr](a, rows.pitch, panel, linear.kd, sums);
-        else
-          tiles.sparse_tile[mr](a, rows.pitch, listed, sums);
-        if (!direct) sink.write(buffer, r, mr, column, columns);
-        r += mr;
+        straight ? narrow.run(cut->mr, tiles, cut->a, panel, r, scaled, sums)
+                 : tiles.group_tile[cut->mr](cut->a, rows.pitch, panel, scaled, sums);
+      } else if (dense) {
+        tiles.tile[cut->mr](cut->a, rows.pitch, panel, linear.kd, sums);
+      } else {
+        tiles.sparse_tile[cut->mr](cut->a, rows.pitch, listed, sums);
       }
+      if (!direct) sink.write(buffer, r, cut->mr, column, columns);
     }
   }
 }

@@ -183,8 +183,6 @@ Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale,
 
 // Converts (fp32 -> the kind's operand) and packs one group. x: fp32 rows, `pitch` floats apart.
 void pack_group(const Linear& linear, const Rows& rows, int64_t group, const float* x, int64_t pitch);
-// out[i] = codes[i] ^ xor_mask: 0x80 turns signed codes into unsigned ones with zero point 128, and back.
-void flip_codes(const uint8_t* codes, int64_t count, uint8_t xor_mask, uint8_t* out);
 // pack_group for ready codes: u8 with xor_mask 0, s8 with 0x80.
 void pack_code_group(const Linear& linear, const Rows& rows, int64_t group, const uint8_t* codes, uint8_t xor_mask);
 

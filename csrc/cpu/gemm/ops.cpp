@@ -35,6 +35,8 @@ ScalarType output_dtype(const char* op, std::optional<ScalarType> asked, ScalarT
   return dtype;
 }
 
+constexpr int64_t kBlockBytes = 512 * 1024;  // half of the L2 of the processors with AVX-512
+
 thread_local cpu::Scratch operand_memory;
 
 // Packs all groups, then multiplies; columns are split where there are few rows.
@@ -56,8 +58,9 @@ void multiply(const Linear& w, int64_t m, const cpu::Output& output, const int32
       pack_group(rows, g);
   });
   const bool small = static_cast<double>(m) * w.n * w.k < 500000.0;
-  // Groups: a block's operand stays in L2 while the panels pass.
-  const int64_t block = w.layout == cpu::Layout::tokens ? cpu::kTokenGroups : 4;
+  // Groups: a block's operand stays in L2 while the panels pass, the fewer times the better.
+  const int64_t fits = kBlockBytes / (rows.group_dwords() * 4);
+  const int64_t block = w.layout == cpu::Layout::tokens ? cpu::kTokenGroups : std::max<int64_t>(4, fits);
   const int64_t blocks = (rows.groups + block - 1) / block;
   const int64_t cuts =
       small ? 1 : std::min<int64_t>(w.panels, std::max<int64_t>(1, (4 * threads + blocks - 1) / blocks));
@@ -133,7 +136,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, double scale, int64_t 
   cpu::parallel(tasks, [&](int64_t task) {
     for (int64_t r = m * task / tasks; r < m * (task + 1) / tasks; ++r) {
       steps[r] = cpu::row_kernels().quantize_row(rows + r * k, k, static_cast<float>(scale), zero, out + r * k);
-      if (!is_unsigned) cpu::flip_codes(out + r * k, k, 0x80, out + r * k);
+      if (!is_unsigned) cpu::row_kernels().flip_row(out + r * k, k, 0x80, out + r * k);
     }
   });
   return {codes, scales};
@@ -215,7 +218,7 @@ void multiply_requantize(const Linear& w, const Codes& a, cpu::Activation activa
     for (int64_t r = 0; r < count; ++r) {
       uint8_t* row = target + (r0 + r) * w.n;
       steps[r0 + r] = cpu::row_kernels().quantize_row(wide + r * w.n, w.n, 0.0f, cpu::kSignedZero, row);
-      cpu::flip_codes(row, w.n, 0x80, row);
+      cpu::row_kernels().flip_row(row, w.n, 0x80, row);
     }
   });
 }

@@ -158,34 +158,56 @@ float quantize_row(const float* x, int64_t n, float step, int32_t zero_point, ui
   return scale;
 }
 
-float quantize_range(const float* x, int64_t n, uint8_t* out, int32_t* zero_point) {
-  const vi magnitude = vseti(0x7fffffff);
-  vi top = vseti(0);
-  vf least = vset(0.0f), most = vset(0.0f);
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const vf y = load_lanes(x, Dtype::f32, i, lanes_left(n, i));
-    top = vmaxi(top, vandi(as_int(y), magnitude));
+// The ends of a row, and the largest |x| as an integer; several at once, as one chain of minima would wait for itself.
+struct Ends {
+  vi top;
+  vf least, most;
+  Ends() : top(vseti(0)), least(vset(0.0f)), most(vset(0.0f)) {}
+  void see(vf y) {
+    top = vmaxi(top, vandi(as_int(y), vseti(0x7fffffff)));
     least = vmin(y, least), most = vmax(y, most);
   }
-  if (static_cast<uint32_t>(vmaxi_lane(top)) >= 0x7f800000u) {
+  void see(const Ends& other) {
+    top = vmaxi(top, other.top);
+    least = vmin(other.least, least), most = vmax(other.most, most);
+  }
+};
+
+float quantize_range(const float* x, int64_t n, uint8_t* out, int32_t* zero_point) {
+  constexpr int kChains = 4;
+  Ends ends[kChains];
+  int64_t i = 0;
+  for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) ends[c].see(vload(x + i + c * kWidth));
+  }
+  for (; i < n; i += kWidth) ends[0].see(load_lanes(x, Dtype::f32, i, lanes_left(n, i)));
+#pragma GCC unroll 4
+  for (int c = 1; c < kChains; ++c) ends[0].see(ends[c]);
+  if (static_cast<uint32_t>(vmaxi_lane(ends[0].top)) >= 0x7f800000u) {
     for (int64_t j = 0; j < n; ++j) out[j] = 128;
     *zero_point = 128;
     return bits_to_float(0x7fc00000u);
   }
-  const float lo = -vmax_lane(vsub(vset(0.0f), least)), hi = vmax_lane(most);
+  const float lo = -vmax_lane(vsub(vset(0.0f), ends[0].least)), hi = vmax_lane(ends[0].most);
   float scale = hi * (1.0f / 255.0f) - lo * (1.0f / 255.0f);
   if (scale < 1.17549435e-38f) scale = 1.0f;  // zeros, or a range below the normal numbers
   const vf inverse = vset(1.0f / scale);
   float lanes[kWidth];
   vstore(lanes, vmin(vround(vmul(vset(-lo), inverse)), vset(255.0f)));
   const vf zero = vset(lanes[0]), last = vset(255.0f), first = vset(0.0f);
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const int64_t m = lanes_left(n, i);
-    const vf q = vadd(vround(vmul(load_lanes(x, Dtype::f32, i, m), inverse)), zero);
-    vstore_u8_n(out + i, round_to_int(vmin(vmax(q, first), last)), m);
-  }
+  const auto codes = [&](vf y) {
+    return round_to_int(vmin(vmax(vadd(vround(vmul(y, inverse)), zero), first), last));
+  };
+  for (i = 0; i + kWidth <= n; i += kWidth) vstore_u8_n(out + i, codes(vload(x + i)), kWidth);
+  if (i < n) vstore_u8_n(out + i, codes(vload_n(x + i, n - i)), n - i);
   *zero_point = static_cast<int32_t>(lanes[0]);
   return scale;
+}
+
+void flip_row(const uint8_t* codes, int64_t n, uint8_t mask, uint8_t* out) {
+#pragma GCC ivdep  // in place, or apart
+  for (int64_t i = 0; i < n; ++i) out[i] = codes[i] ^ mask;
 }
 
 void layer_norm_row(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out) {
@@ -227,6 +249,15 @@ void layer_norm_row(const float* x, int64_t n, const float* gamma, const float* 
 template <class Act>
 BK_INLINE void epilogue_with(const float* tile, int mr, int64_t columns, const Epilogue& e) {
   const Act act;
+  // Most tiles, with nothing to decide inside the loop.
+  if (columns == kPanel && e.output_scale <= 0.0f && !e.residual && e.dtype == Dtype::f32) {
+    for (int r = 0; r < mr; ++r) {
+      float* out = static_cast<float*>(e.out) + r * e.out_pitch;
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kPanel; j += kWidth) vstore(out + j, act(vload(tile + r * kPanel + j)));
+    }
+    return;
+  }
   const vf output_step = vset(e.output_scale);
   const vf output_inverse = vset(e.output_scale > 0.0f ? 1.0f / e.output_scale : 0.0f);
   const int64_t bytes = dtype_size(e.dtype);
@@ -269,7 +300,7 @@ void epilogue(const float* tile, int mr, int64_t columns, const Epilogue& e) {
 }
 
 constexpr RowKernels make_row_kernels() {
-  return {load_row, store_row, quantize_row, quantize_range, layer_norm_row, add_scaled_row, epilogue, transpose};
+  return {load_row, store_row, quantize_row, quantize_range, flip_row, layer_norm_row, add_scaled_row, epilogue, transpose};
 }
 
 }  // namespace

@@ -10,6 +10,8 @@
 //   quantize_range  the same with a scale and a zero point of the row's own: s = (hi - lo) / 255, z = round(-lo / s),
 //                     lo <= 0 <= hi the row's ends; codes in [0, 255]. BERT's activations lie to one side of 0: this
 //                     halves their steps.
+//   flip_row        out = codes ^ mask: 0x80 turns signed codes into unsigned ones with zero point 128, and back;
+//                   may be in place
 //   layer_norm_row  out = (x - mean) / sqrt(var + eps) * gamma + beta
 //   add_scaled_row  acc += scale * x, x fp32, bf16, fp16 or int8
 //   epilogue        what is left to do to a tile of a GEMM, see Epilogue
@@ -50,6 +52,7 @@ struct RowKernels {
   void (*store_row)(const float* x, int64_t n, Dtype dtype, void* out);
   float (*quantize_row)(const float* x, int64_t n, float step, int32_t zero_point, uint8_t* out);
   float (*quantize_range)(const float* x, int64_t n, uint8_t* out, int32_t* zero_point);
+  void (*flip_row)(const uint8_t* codes, int64_t n, uint8_t mask, uint8_t* out);
   void (*layer_norm_row)(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out);
   void (*add_scaled_row)(const void* x, Dtype dtype, int64_t n, float scale, float* acc);
   void (*epilogue)(const float* tile, int mr, int64_t columns, const Epilogue& e);
