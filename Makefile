@@ -54,7 +54,7 @@ build: $(VENV)/installed
 	@$(BUILD)
 
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 demo: build
 	$(BIN)/python -m bertkern demo $(ARGS)

@@ -88,18 +88,20 @@ def _together(threads: int, work: Callable[[], T]) -> list[T]:
 
 
 def cpu_model() -> str:
-    """The processor's name and the number of cores that this process may use."""
-    name = "unknown processor"
+    """The processor's name, its family and model (a name may stand for several), and the cores of this process."""
+    facts: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as info:
             for line in info:
-                if line.startswith("model name"):
-                    name = line.split(":", 1)[1].strip()
-                    break
+                key, _, value = line.partition(":")
+                facts.setdefault(key.strip(), value.strip())
     except OSError:
         import platform
 
-        name = platform.processor() or platform.machine()
+        facts["model name"] = platform.processor() or platform.machine()
+    name = facts.get("model name", "unknown processor")
+    if "cpu family" in facts and "model" in facts:
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} core{'s' if cores != 1 else ''}"
 
