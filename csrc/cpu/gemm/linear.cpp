@@ -11,6 +11,7 @@ namespace bertkern::cpu {
 namespace {
 
 constexpr int64_t kLeastRows = 6;  // of a group that is one of several for a reason: fewer leave the dot products idle
+constexpr int64_t kFetchingGroups = 5;  // more take so long over a panel that the processor's own fetching suffices
 constexpr int64_t kSplitRows = 6;  // measured: fewer rows wait for memory in any case
 
 bool sums_of_rows(const Linear& linear) { return linear.layout == Layout::grouped && linear.kind == WeightKind::s8; }
@@ -322,7 +323,8 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
-    const int64_t share = g1 - g0 > 1 && steps > 0 ? next.bytes / (g1 - g0) : 0;
+    const bool few = g1 - g0 > 1 && g1 - g0 <= kFetchingGroups;
+    const int64_t share = few && steps > 0 ? next.bytes / (g1 - g0) : 0;
     const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
     if (share) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
     for (const Cut *cut = cuts, *end = cuts + count; cut < end; ++cut) {
