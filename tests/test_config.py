@@ -88,6 +88,7 @@ def test_whose_bits():
         ({"method": "max"}, "expected method to be one of"),
         ({"activation": "int8"}, "expected activation to be one of"),
         ({"symmetric": 1}, "expected symmetric to be one of"),
+        ({"whole_zero": None}, "expected whole_zero to be one of"),
         ({"shared": True}, 'expected axis "k" with shared'),
         ({"activation_unsigned": True}, 'expected activation "static"'),
         ({"skip": "classifier"}, "sequence of names"),

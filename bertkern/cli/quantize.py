@@ -20,6 +20,7 @@ OWN = {
         "axis",
         "method",
         "symmetric",
+        "whole_zero",
         "shared",
         "activation",
         "embedding_bits",
@@ -59,6 +60,9 @@ def add(commands: Any) -> None:
     low.add_argument("--axis", choices=("n", "k"), help="groups of output (n, the default) or input features (k)")
     low.add_argument("--method", choices=("minmax", "percentile", "mse"), help="how ranges are found; default: minmax")
     low.add_argument("--symmetric", action="store_true", default=None, help="grids without zero points")
+    low.add_argument(
+        "--whole-zero", action=argparse.BooleanOptionalAction, help="whole zero points, so that 0 stays 0; the default"
+    )
     low.add_argument("--shared", action="store_true", default=None, help="with axis k: all outputs share their ranges")
     low.add_argument(
         "--activation", choices=("dynamic", "float"), help="int8 by each token's range (default), or float"

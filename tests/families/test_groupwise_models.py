@@ -24,6 +24,7 @@ SCHEMES = {
         bits=2,
         groups=128,
         method="percentile",
+        whole_zero=False,
         layer_bits={"embeddings": 4, "query": 8, "value": (2, 3, 4, 5) * 13},
         embedding_bits=6,
         pooler=True,

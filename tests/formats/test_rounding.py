@@ -54,11 +54,24 @@ def test_mse_finds_the_known_optimum():
 
 def test_percentiles_are_those_of_numpy():
     w = weight(12, 700)
-    low, high = METHODS["percentile"](w, torch.tensor(4), False)
+    low, high = METHODS["percentile"](w, torch.tensor(4), None)
     expected = np.percentile(w.double().numpy(), [0.1, 99.9], axis=1)
     np.testing.assert_allclose(np.stack([low.numpy(), high.numpy()]), expected, rtol=1e-5, atol=1e-6)
     made = round_weight(w, 4, 1, method="percentile")
     assert (made.dequantize() <= high[:, None] + 1e-4).all() and (made.dequantize() >= low[:, None] - 1e-4).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_zero_points_keep_zeros(method):
+    w = weight(12, 700) + 0.3
+    w[:, ::3] = 0
+    for axis, size in (("n", 1), ("k", 50)):
+        made = round_weight(w, 3, size, axis, method=method, whole_zero=True)
+        assert torch.equal(made.zero, made.zero.round()) and not bool(made.dequantize()[:, ::3].any())
+        if method == "mse":
+            plain = round_weight(w, 3, size, axis, whole_zero=True)
+            errors = [(each.dequantize() - w).square().sum() for each in (made, plain)]
+            assert errors[0] < errors[1]
 
 
 def test_bits_of_each_group():
