@@ -19,8 +19,8 @@ class Eigenpairs(NamedTuple):
     Attributes:
         values: with their signs.
         vectors: [n] each, of unit length.
-        errors: |Hv - value v| as a share of |value|, 1 at most: an eigenvalue is as near, and as a rule much nearer, since the
-            value is off by the square of the vector's error.
+        errors: |Hv - value v| as a share of |value|, 1 at most: an eigenvalue is as near, and as a rule much nearer,
+            since the value is off by the square of the vector's error.
         products: how many products it took.
     """
 
