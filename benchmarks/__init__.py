@@ -8,6 +8,7 @@
     python -m bertkern bench heads       BERT-base without half of its heads, removed or masked
     python -m bertkern bench sentences   sentences a second behind sentence-transformers, beside its own int8 backends
     python -m bertkern bench importance  the cost of head importance, in forward and backward passes
+    python -m bertkern bench hessian     the minutes that the sensitivity of all layers takes
     python -m bertkern demo              a real sentence encoder on a real test set: accuracy, speed, size
 
 How a number comes about (`harness.py`): every engine lives in a process of its own; the engines take turns with a pause

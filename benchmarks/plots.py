@@ -80,7 +80,7 @@ def _latency(run: Run, plt: Any) -> Any:
         )
         axes.set_title(shape, loc="left", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
-    each = "" if run.name.startswith("importance") else " a batch"
+    each = "" if run.name.startswith(("importance", "hessian")) else " a batch"
     title = f"{run.facts.get('model', '')}, milliseconds{each} ({run.rows[0].x_name}); shorter is better"
     headline(figure, run, title)
     return figure

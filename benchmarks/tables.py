@@ -78,6 +78,7 @@ SHEETS = {
         ("time_share", "share of the same provider's time on all heads", "{:.2f}"),
     ),
     "importance": (("cost", "forward and backward passes", "{:.2f}"),),
+    "hessian": (("minutes", "minutes", "{:.2f}"),),
 }
 
 

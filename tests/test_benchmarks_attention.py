@@ -108,7 +108,9 @@ def test_bench_attention_writes_json_csv_and_a_plot(tmp_path, capsys):
     assert "bertkern-fp32:1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["attention", "padding", "heads", "sentences", "importance", "encoder", "memory"])
+@pytest.mark.parametrize(
+    "what", ["attention", "padding", "heads", "sentences", "importance", "hessian", "encoder", "memory"]
+)
 def test_each_benchmark_has_help_of_its_own(what, capsys):
     from bertkern.cli import main
 

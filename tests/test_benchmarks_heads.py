@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import encoder, engines, fetch, heads, importance, models, opening, padding, sentences
+from benchmarks import encoder, engines, fetch, heads, hessian, importance, models, opening, padding, sentences
 from benchmarks.harness import Spec, WorkerError
 
 from .shown_runs import show
@@ -223,6 +223,28 @@ def test_importance_is_measured_beside_a_backward_pass(tiny, tmp_path):
     assert "<= 2.50" in show(run, tmp_path)
     with pytest.raises(ValueError, match=r"tokens: expected at most 40. Got 41"):
         importance.run(str(tiny), tokens=41)
+
+
+# --- hessian --------------------------------------------------------------------------------------------------------
+
+
+def test_hessian_is_checked_and_measured(tiny, tmp_path):
+    said = []
+    run = hessian.run(str(tiny), sentences=10, tokens=9, threads=1, report=said.append)
+    assert run.name == "hessian-tiny-1t"
+    time, minutes = (run.find(hessian.HESSIAN, metric, "10x9") for metric in ("latency_ms", "minutes"))
+    assert time.config["sqnr_db"] > 26
+    assert minutes.median == pytest.approx(time.median / 60e3, rel=1e-3) and minutes.config["asked"] == 15
+    assert said == [run.facts["found"]] and "10 samples of 1 examples" in said[0]
+    assert "<= 15.00" in show(run, tmp_path)
+    with pytest.raises(ValueError, match=r"tokens: expected at most 40. Got 41"):
+        hessian.run(str(tiny), tokens=41)
+
+
+def test_a_wrong_eigenvalue_is_not_timed(tiny, monkeypatch):
+    monkeypatch.setattr(hessian, "WRONG_BY", 1e-10)
+    with pytest.raises(WorkerError, match=r"expected an eigenvalue within 0% of float64's. Got"):
+        hessian.run(str(tiny), sentences=10, tokens=9, threads=1)
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------

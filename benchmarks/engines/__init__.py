@@ -111,11 +111,13 @@ SENTENCES = _table(
      "its OpenVINO backend; export_static_quantized_openvino_model"),
 )  # fmt: skip
 
-# Gradients of BERT-base: `bench importance`.
+# Derivatives of BERT-base: `bench importance`, `bench hessian`.
 GRADIENTS = _table(
     ("bertkern-importance", "gradient:Importance", "torch transformers bertkern", "fp32", "head_importance(model)"),
     ("torch-backward", "gradient:Backward", "torch transformers", "fp32", "loss and its gradients of all weights"),
     ("reference", "gradient:Reference", "torch transformers", "fp32", "a factor a head, one sentence at a time"),
+    ("bertkern-hessian", "gradient:Hessian", "torch transformers bertkern", "fp32", "hessian_sensitivity(model)"),
+    ("hessian-reference", "gradient:HessianReference", "torch transformers", "fp32", "power iteration in float64"),
 )  # fmt: skip
 
 FAMILIES = {

@@ -1,4 +1,4 @@
-"""Gradients of BERT: head importance beside a plain forward and backward pass over the same sentences."""
+"""Derivatives of BERT's loss: head importance beside a plain backward pass, and the top of the Hessian."""
 
 from __future__ import annotations
 
@@ -113,6 +113,62 @@ class Reference(Gradient):
             total += torch.autograd.grad(loss, factors)[0].abs()
         self.model.float()
         return total / len(sentences)
+
+
+class Hessian(Gradient):
+    """bertkern.hessian_sensitivity."""
+
+    def prepare(self, sentences: int, tokens: int, batch: int, last: bool = False) -> None:
+        """Random sentences of `tokens`, in batches; `last`: the last layer over all of them, to be checked."""
+        super().prepare(sentences, tokens, batch)
+        name = f"encoder.layer.{self.model.config.num_hidden_layers - 1}"
+        self.options = {"layers": name, "samples": 1, "fraction": 1.0} if last else {}
+        self.found: Any = None
+
+    def run(self) -> None:
+        import bertkern
+
+        self.found = bertkern.hessian_sensitivity(self.model, self.batches, progress=False, **self.options)
+
+    def turn(self, seconds: float) -> list[float]:
+        """One call: it takes minutes, so nothing has to be warm."""
+        start = time.perf_counter()
+        self.run()
+        return [(time.perf_counter() - start) * 1e3]
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        self.run()
+        return {"eigenvalues": np.array(self.found.eigenvalues, np.float32)}
+
+    def report(self) -> str | None:
+        return None if self.found is None else str(self.found)
+
+    def versions(self) -> dict[str, str]:
+        import bertkern
+
+        return {"bertkern": bertkern.__version__, **super().versions()}
+
+
+class HessianReference(Hessian):
+    """Power iteration on the last layer's Hessian over all sentences at once, in float64."""
+
+    STEPS = 60
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        self.model.set_attn_implementation("eager")
+        model = self.model.double()
+        layer = model.base_model.encoder.layer[-1]
+        weights = [module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+        whole = {name: torch.cat([batch[name] for batch in self.batches]) for name in self.batches[0]}
+        gradients = torch.autograd.grad(model(**whole).loss, weights, create_graph=True)
+        vector = [gradient.detach() + torch.randn_like(gradient) * gradient.std() for gradient in gradients]
+        for _ in range(self.STEPS):
+            length = sum(part.square().sum() for part in vector).sqrt()
+            unit = [part / length for part in vector]
+            vector = torch.autograd.grad(gradients, weights, unit, retain_graph=True)
+        value = sum((part * image).sum() for part, image in zip(unit, vector, strict=True))
+        self.model.float()
+        return {"eigenvalues": np.array([[float(value)]], np.float32)}
 
 
 def _part(batch: dict[str, torch.Tensor], at: int, size: int) -> dict[str, torch.Tensor]:

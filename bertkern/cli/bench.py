@@ -22,6 +22,7 @@ BENCHMARKS = (
     "heads",
     "sentences",
     "importance",
+    "hessian",
     "memory",
 )
 
@@ -40,7 +41,8 @@ engines (columns of the table; one that is not installed is reported as absent):
   torch-int4  onnxruntime-int4;
   for attention: bertkern-fp32  bertkern-bf16  torch-fp32  torch-bf16  torch-eager-fp32  torch-eager-bf16;
   for sentences: bertkern-int8  bertkern-fp32  torch-fp32  onnxruntime-int8  openvino-int8;
-  importance has bertkern-importance beside torch-backward. A float64 reference checks attention and importance.
+  importance has bertkern-importance beside torch-backward; hessian has bertkern-hessian alone. A float64 reference
+  checks attention, importance and hessian.
 NAME@avx2 caps an engine's instruction set; NAME:16x4@0.8 gives it a pruned model, NAME:dense the whole one.
 """
 
@@ -68,8 +70,9 @@ OPTIONS = {
     "texts": "padding: of stsb,rotten-tomatoes; default both",
     "batch": "padding, sentences, importance: sentences in a batch; default 32; importance 8",
     "batches": "padding: of each of the texts; default 4",
-    "sentences": "sentences: of the test set, for the speed; default all; importance: default 64",
-    "tokens": "importance: of a sentence; default 128",
+    "sentences": "sentences: of the test set, for the speed; default all; importance, hessian: random ones; "
+    "default 64, 128",
+    "tokens": "importance, hessian: of a sentence; default 128, 64",
 }
 
 
@@ -91,6 +94,7 @@ def add(commands: Any) -> None:
         "bench heads --share 0.5 --shapes 8x128,1x16",
         "bench sentences --python onnxruntime=PATH --python openvino=PATH --out results",
         "bench importance --sentences 1000 --rounds 1",
+        "bench hessian --out results",
         "bench memory",
         more=f"\n\n{ENGINES_HELP}",
         add_help=False,
