@@ -31,6 +31,8 @@ _SURFACE = {
     "dequantize": "swap",
     "calibrate": "compress.static",
     "Calibration": "compress.static",
+    "compensate": "compress.groupwise",
+    "GroupwiseQatCallback": "compress.groupwise",
     "Int8Config": "config",
     "inspect": "inspect",
     "report": "reports",
