@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 # Where each name of the surface lives; imported when first asked for.
 _SURFACE = {
     "accelerate": "swap",
-    "quantize_": "swap",
+    "quantize_": "quantizing",
     "restore": "swap",
     "plan_of": "swap",
     "Plan": "tuning",
@@ -34,6 +34,7 @@ _SURFACE = {
     "compensate": "compress.groupwise",
     "GroupwiseQatCallback": "compress.groupwise",
     "Int8Config": "config",
+    "GroupwiseConfig": "config",
     "inspect": "inspect",
     "report": "reports",
     "Report": "reports",
