@@ -206,9 +206,9 @@ def test_of_an_accelerated_and_a_pruned_model():
 def test_refusals_leave_the_model_alone():
     model, config = tiny("BertModel"), GroupwiseConfig(groups=8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="expected at least one batch. Got none"):
+    with pytest.raises(ValueError, match=r"expected at least one batch. Got none"):
         bk.compensate(model, [], config)
-    with pytest.raises(TypeError, match="compensate: expected a tokenizer"):
+    with pytest.raises(TypeError, match="compensate: expected a tokenizer with"):
         bk.compensate(model, ["a sentence"], config)
     with pytest.raises(TypeError, match="expected config to be a GroupwiseConfig"):
         bk.compensate(model, calls(model), bk.Int8Config())
