@@ -21,7 +21,8 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
 
     Codes, scales and zero points are those that evaluation saw, and static ranges those that training found, so that a
     layer gives what it gave before but for the order of sums; where that moves an input over the border of two codes,
-    by a code of it. The model then runs by the kernels, as after `quantize_`.
+    by a code of it. The model then runs by the kernels, as after `quantize_`: with exact_attention=True nothing else
+    differs, else attention rounds its operands to bf16 where the processor has that.
 
     Args:
         model: trained after `prepare_qat`.
