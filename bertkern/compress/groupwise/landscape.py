@@ -86,16 +86,15 @@ class Landscape(Versioned):
         grids = first.numpy(), second.numpy(), losses.numpy()
         surface = figure.add_subplot(1, 2, 1, projection="3d")
         surface.plot_surface(*grids, cmap="viridis")
-        surface.set_zlabel("loss")
+        surface.set(xlabel="first", ylabel="second", title="loss")
         flat = figure.add_subplot(1, 2, 2)
         if losses.isfinite().all() and losses.max() > losses.min():
             figure.colorbar(flat.contourf(*grids, levels=20, cmap="viridis"), ax=flat, label="loss")
         else:
             figure.colorbar(flat.pcolormesh(*grids, shading="nearest", cmap="viridis"), ax=flat, label="loss")
         flat.plot(0, 0, marker="+", color="white")
-        for axes in (surface, flat):
-            axes.set_xlabel(f"first direction, eigenvalue {self.eigenvalues[0]:.3g}")
-            axes.set_ylabel(f"second direction, eigenvalue {self.eigenvalues[1]:.3g}")
+        flat.set_xlabel(f"first direction, eigenvalue {self.eigenvalues[0]:.3g}")
+        flat.set_ylabel(f"second direction, eigenvalue {self.eigenvalues[1]:.3g}")
         figure.suptitle(self.layer)
         if path is not None:
             figure.savefig(path)
