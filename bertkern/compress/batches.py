@@ -1,6 +1,7 @@
 """The forms in which a user may hand over calibration data, brought to calls of the model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
+from copy import copy
 from typing import Any
 
 import torch
@@ -77,3 +78,18 @@ class Batches:
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device) if isinstance(value, Tensor) else value
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """`batch`, a tensor or tensors in mappings, tuples and lists, on `device`; what else it holds stays."""
+    if isinstance(batch, Tensor):
+        batch = batch.to(device)
+        # Those made in inference mode cannot be saved for a backward pass.
+        return batch.clone() if batch.is_inference() else batch
+    if isinstance(batch, MutableMapping):
+        made = copy(batch)  # of its own class: some take attributes for keys
+        made.update({key: moved(value, device) for key, value in batch.items()})
+        return made
+    if type(batch) in (tuple, list):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch

@@ -1,8 +1,7 @@
 """How much a model's loss, or its weights, depend on every attention head."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from bertkern import shrink
 from bertkern.head_masks import Places, places, watch
 from bertkern.nn.packing import plain_path
 
+from ..batches import moved
 from ..observation import evaluating
 from .config import METHODS
 
@@ -131,7 +131,7 @@ def _sensitivities(
     ):
         for batch in tqdm(batches, desc="head importance", unit="batch", disable=not progress):
             contexts.clear()
-            batch = _moved(batch, device)
+            batch = moved(batch, device)
             value = _loss(model, batch, loss)
             count = value.numel() if value.dim() else _examples(batch, contexts)
             for row, dot in enumerate(_dots(value, contexts, len(kept))):
@@ -218,20 +218,6 @@ def _tokens(batch: Any, contexts: list[tuple[int, Tensor]]) -> float:
         return float(mask.sum())
     first = contexts[0][0] if contexts else 0
     return float(sum(x.shape[0] * x.shape[1] for row, x in contexts if row == first))
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        batch = batch.to(device)
-        # Those made in inference mode cannot be saved for a backward pass.
-        return batch.clone() if batch.is_inference() else batch
-    if isinstance(batch, MutableMapping):
-        made = copy(batch)  # of its own class: some take attributes for keys
-        made.update({key: _moved(value, device) for key, value in batch.items()})
-        return made
-    if type(batch) in (tuple, list):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch
 
 
 @contextmanager
