@@ -8,6 +8,7 @@ import bertkern as bk
 from bertkern.compress.groupwise.gptq import compensated, output_error
 from bertkern.compress.groupwise.grids import Grids
 from bertkern.compress.groupwise.least_squares import refit
+from bertkern.compress.groupwise.ranges import weighted_ends
 from bertkern.config import GroupwiseConfig
 from bertkern.formats.groupwise import grid, group_count, group_ranges
 from bertkern.formats.rounding import round_weight
@@ -69,13 +70,14 @@ def test_gptq_alone_is_the_plain_loop(axis, size, bits):
 
 
 @pytest.mark.parametrize(("axis", "size"), LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"method": "mse"}, {"method": "percentile"}])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"method": "outputs"}, {"method": "percentile"}])
 @pytest.mark.parametrize("rounds", [0, 3])
 def test_outputs_err_less_than_of_nearest_codes(axis, size, options, rounds):
     weight, x = matrix(), correlated(400, 36)
     asked = {"method": "minmax", **options}
     got = compensated(weight, moments(x), 3, size, axis, rounds=rounds, **asked).check()
-    nearest = round_weight(weight, 3, size, axis, **asked)
+    plain_method = {**asked, "method": "mse" if asked["method"] == "outputs" else asked["method"]}
+    nearest = round_weight(weight, 3, size, axis, **plain_method)
     error, plain = ((x @ (weight - w.dequantize()).T).square().mean() for w in (got, nearest))
     assert error < 0.7 * plain
     unseen = correlated(400, 36)[200:] + 0.1 * correlated(200, 36, seed=5)
@@ -125,6 +127,28 @@ def test_refit_is_the_least_squares_solution(axis, size, shared, symmetric):
     gradient = torch.func.grad(error)
     assert error(found) < error(start)
     assert gradient(found).norm() < 2e-3 * gradient(start).norm()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("axis", "size", "shared"), [("n", 7, False), ("k", 8, False), ("k", 11, True)])
+def test_weighted_ranges_are_better_than_any_that_were_tried(axis, size, shared, symmetric):
+    weight = matrix()
+    importance = torch.rand(36, generator=torch.Generator().manual_seed(2)) ** 4
+    bits = torch.full((group_count((20, 36), axis, size),), 3, dtype=torch.uint8)
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        grids = Grids(scale, zero, bits, (20, 36), axis, size, symmetric)
+        lost = importance * (grids.values(grids.nearest(weight)) - weight).square()
+        by_group = lost.sum(1) if axis == "n" else lost.sum(0) if shared else lost
+        parts = by_group.split(size, -1)
+        return torch.stack([part.sum(-1) for part in parts], -1)
+
+    low, high = group_ranges(weight, axis, size, shared)
+    found = error(*weighted_ends(weight, importance, bits, size, axis, symmetric, shared))
+    for share in (1.0, 0.65, 0.475, 0.3):
+        middle = torch.zeros_like(low) if symmetric else (low + high) / 2
+        tried = grid(middle - share * (middle - low), middle + share * (high - middle), bits, symmetric)
+        assert bool((found <= error(*tried).view(found.shape) * (1 + 1e-5)).all())
 
 
 def test_dead_inputs_become_nearest_codes():

@@ -14,7 +14,7 @@ from bertkern.formats.rounding import METHODS
 
 from ..batches import Batches
 from .choosing import choose
-from .gptq import compensated
+from .gptq import OUTPUTS, compensated
 from .stages import Stages
 
 
@@ -24,7 +24,7 @@ def compensate(
     config: GroupwiseConfig | None = None,
     *,
     tokenizer: Callable[..., Any] | None = None,
-    method: str = "mse",
+    method: str = OUTPUTS,
     damp: float = 0.01,
     ordered: bool = True,
     rounds: int = 4,
@@ -44,7 +44,8 @@ def compensate(
             since the model runs over them once a layer. A thousand sentences do.
         config: which layers become low-bit, of how many bits and in which groups; its method does not count.
         tokenizer: a transformers tokenizer, for strings. A SentenceTransformer brings its own.
-        method: how the first ranges are found, as in the config.
+        method: how the first ranges are found: "outputs" (the least error of the outputs, as if inputs had nothing to
+            do with each other), or as in the config.
         damp: share of the mean square of a layer's inputs that is added to each: more trusts the data less.
         ordered: whether columns of large inputs are rounded first.
         rounds: of improving after GPTQ; 0 is GPTQ alone.
@@ -65,8 +66,8 @@ def compensate(
 
     Source: arXiv 2210.17323 (GPTQ), 2309.01885 (coordinate descent), for the groups of arXiv 1909.05840.
     """
-    if method not in METHODS:
-        raise ValueError(f"compensate: expected method to be one of {', '.join(METHODS)}. Got {method!r}.")
+    if method not in (known := (OUTPUTS, *METHODS)):
+        raise ValueError(f"compensate: expected method to be one of {', '.join(known)}. Got {method!r}.")
     if damp <= 0 or rounds < 0:
         raise ValueError(f"compensate: expected damp above 0 and rounds of at least 0. Got {damp} and {rounds}.")
     config = GroupwiseConfig() if config is None else config

@@ -17,7 +17,9 @@ from bertkern.formats.rounding import METHODS, find_ranges
 
 from .grids import Grids
 from .least_squares import refit
+from .ranges import weighted_ends
 
+OUTPUTS = "outputs"
 # Columns whose errors are carried on to the columns after them together.
 BLOCK = 128
 
@@ -29,7 +31,7 @@ def compensated(
     group_size: int,
     axis: str = "n",
     *,
-    method: str = "mse",
+    method: str = OUTPUTS,
     symmetric: bool = False,
     shared: bool = False,
     damp: float = 0.01,
@@ -42,8 +44,9 @@ def compensated(
 
     Args:
         bits: of each group, or of all.
-        method: how ranges are found, see `GroupwiseConfig`: along "n" of the weights, along "k" of what GPTQ has made
-            of them when it reaches the first column of the group.
+        method: how ranges are found: "outputs": of the least error where columns count by the mean square of their
+            inputs; or as in `GroupwiseConfig`. Along "n" of the weights, along "k" of what GPTQ has made of them when
+            it reaches the first column of the group.
         damp: share of the mean of the diagonal that is added to it. Inputs that were never other than zero have no
             more than that: their weights become the nearest codes.
         ordered: columns of large inputs are rounded first; along "k" group by group.
@@ -62,8 +65,9 @@ def compensated(
         raise ValueError("compensated: expected a finite weight and finite moments. Got NaN or Inf.")
     each = expect_bits("compensated", bits, group_count((n, k), axis, group_size)).to(w.device)
     how = {"axis": axis, "symmetric": symmetric, "shared": shared}
-    plain = Grids(*_ends(method, w, each, group_size, how), each, (n, k), axis, group_size, symmetric)
     moments = _damped(moments, damp)
+    scale, zero = _ends(method, w, moments.diagonal().float(), each, group_size, how)
+    plain = Grids(scale, zero, each, (n, k), axis, group_size, symmetric)
     codes, grids = _swept(w, moments, plain, method, how, ordered)
     moments = moments.float()
     nearest = plain.nearest(w)
@@ -125,7 +129,8 @@ def _swept(
         if grids.axis == "k":
             group = int(places[start]) // grids.group_size
             one = slice(group, group + 1)
-            scale, zero = _ends(method, part.T, grids.bits[one], stop - start, how)
+            importance = moments.diagonal().float()[places[start:stop]]
+            scale, zero = _ends(method, part.T, importance, grids.bits[one], stop - start, how)
             grids.scale[:, one], grids.zero[:, one] = scale, zero
             scale, zero, top = scale[:, 0], zero[:, 0], grids.top[group]
         errors = torch.empty_like(part)
@@ -161,8 +166,12 @@ def _consecutive(lengths: Iterator[int]) -> Iterator[tuple[int, int]]:
         start += length
 
 
-def _ends(method: str, weight: Tensor, bits: Tensor, group_size: int, how: dict[str, object]) -> tuple[Tensor, Tensor]:
+def _ends(
+    method: str, weight: Tensor, importance: Tensor, bits: Tensor, group_size: int, how: dict[str, object]
+) -> tuple[Tensor, Tensor]:
     """(scale, zero) of the groups of `weight` by a method."""
+    if method == OUTPUTS:
+        return weighted_ends(weight, importance, bits, group_size, **how)
     low, high = find_ranges(METHODS[method], weight, bits, group_size, **how)
     return grid(low, high, bits, how["symmetric"])
 
