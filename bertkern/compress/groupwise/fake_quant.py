@@ -36,7 +36,7 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 def fake_weight(weight: Tensor, grids: Grids) -> Tensor:
     """weight [N, K] at the nearest points of its groups' grids."""
     with torch.no_grad():
-        rounded = grids.values(grids.nearest(weight.float()))
+        rounded = grids.rounded(weight.float())
     return straight_through(weight, rounded)
 
 

@@ -52,12 +52,37 @@ class Grids:
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The codes nearest to weight [N, K], as fp32."""
-        codes = torch.round(weight / self.spread(self.scale) + self.spread(self.zero)).clamp_(min=self.lowest)
-        return torch.minimum(codes, self.spread(self.top))
+        return self._nearest(self._cut(weight)).reshape(self.shape)
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes [N, K] stand for."""
-        return (codes - self.spread(self.zero)) * self.spread(self.scale)
+        return ((self._cut(codes) - self._beside(self.zero)) * self._beside(self.scale)).reshape(self.shape)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """weight [N, K] at the nearest points of the grids."""
+        codes = self._nearest(self._cut(weight))
+        return codes.sub_(self._beside(self.zero)).mul_(self._beside(self.scale)).reshape(self.shape)
+
+    def _nearest(self, cut: Tensor) -> Tensor:
+        codes = (cut / self._beside(self.scale)).add_(self._beside(self.zero)).round_().clamp_(min=self.lowest)
+        return torch.minimum(codes, self._beside(self.top), out=codes)
+
+    @property
+    def _even(self) -> bool:
+        """Whether all groups are whole, so that a matrix can be seen as groups without a copy of their grids."""
+        return self.shape[0 if self.axis == "n" else 1] % self.group_size == 0
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """x [N, K] as [G, size, K] or [N, G, size] where that goes."""
+        if not self._even:
+            return x
+        return x.unflatten(0 if self.axis == "n" else 1, (-1, self.group_size))
+
+    def _beside(self, values: Tensor) -> Tensor:
+        """Values of the shape of scale, or [G], broadcastable to what `_cut` makes."""
+        if not self._even:
+            return self.spread(values)
+        return values[:, None, None] if self.axis == "n" else values[..., None]
 
     def moved(self, scale: Tensor, zero: Tensor) -> Grids:
         """The same groups on other grids."""

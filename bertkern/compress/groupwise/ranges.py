@@ -70,7 +70,7 @@ class _Search:
         bits, *_, symmetric = self._layout
         scale, zero = grid(low, high, bits, symmetric)
         grids = Grids(scale, zero, *self._layout)
-        lost = (grids.values(grids.nearest(self._weight)) - self._weight).square_().mul_(self._importance)
+        lost = grids.rounded(self._weight).sub_(self._weight).square_().mul_(self._importance)
         error = self._summed(lost)
         if self._error is None:
             self._error, self.scale, self.zero, self.ends = error, scale, zero, (low, high)
