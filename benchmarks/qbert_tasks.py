@@ -40,6 +40,21 @@ class Pairs(nn.Module):
         return {"loss": nn.functional.mse_loss(cosines, labels.float()), "logits": cosines}
 
 
+def bucketed(examples: Sequence[Any], seed: int) -> list[list[Any]]:
+    """Batches of examples of similar length: of sixteen batches' worth at a time, drawn at random."""
+    shuffled = list(examples)
+    random.Random(seed).shuffle(shuffled)
+    made = []
+    for start in range(0, len(shuffled), 16 * BATCH):
+        near = sorted(shuffled[start : start + 16 * BATCH], key=lambda example: max(map(len, _texts(example))))
+        made += [near[at : at + BATCH] for at in range(0, len(near), BATCH)]
+    return made
+
+
+def _texts(example: Sequence[Any]) -> list[str]:
+    return [part for part in example if isinstance(part, str)]
+
+
 class Task:
     """A model, what it learns from and how it is judged.
 
@@ -100,7 +115,7 @@ class Task:
             arguments = TrainingArguments(
                 output_dir=scratch,
                 max_steps=self.steps,
-                per_device_train_batch_size=BATCH,
+                per_device_train_batch_size=1,  # an example is a batch already
                 learning_rate=rate or self.learning_rate,
                 warmup_steps=self.steps // 10,
                 logging_strategy="no",
@@ -114,8 +129,8 @@ class Task:
             Trainer(
                 self.trainable(model),
                 arguments,
-                train_dataset=self.examples,
-                data_collator=self.collate,
+                train_dataset=bucketed(self.examples, seed),
+                data_collator=lambda batches: self.collate(batches[0]),
                 callbacks=list(callbacks),
             ).train()
         return model.eval()

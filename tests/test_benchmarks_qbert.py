@@ -114,6 +114,21 @@ def test_pairs_are_compared_by_their_real_tokens():
     assert model.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
 
 
+def test_batches_hold_every_example_once_and_what_is_about_as_long():
+    from benchmarks.qbert_tasks import BATCH, bucketed
+
+    examples = [("x" * (i * 37 % 101), "y" * (i * 17 % 53), float(i)) for i in range(1000)]
+    made = bucketed(examples, 3)
+    assert sorted(example for batch in made for example in batch) == sorted(examples)
+    assert len(made) == -(-1000 // BATCH) and made == bucketed(examples, 3) != bucketed(examples, 4)
+
+    def spread(batches: list) -> float:
+        lengths = [[max(len(first), len(second)) for first, second, _ in batch] for batch in batches]
+        return sum(max(batch) - min(batch) for batch in lengths) / len(lengths)
+
+    assert spread(made) < 0.25 * spread([examples[i : i + BATCH] for i in range(0, 1000, BATCH)])
+
+
 def test_parts_of_the_benchmark_are_read_by_name(tmp_path):
     (tmp_path / "sts-train.csv").write_text("a\tb\tc\td\t2.5\tone\ttwo\n")
     assert fetch.sts_pairs(tmp_path, "train") == [("one", "two", 2.5)]
