@@ -227,6 +227,30 @@ def test_of_an_accelerated_and_a_pruned_model():
     assert masked["encoder.layer.0.output.dense"].check()
 
 
+def test_a_model_that_gives_hidden_states_goes_on_to():
+    model = tiny("BertModel", output_hidden_states=True)
+    asked = inputs(model)
+    with torch.no_grad():
+        before = model(**asked).hidden_states
+        bk.compensate(model, calls(model, 2), GroupwiseConfig(groups=8), progress=False)
+        after = model(**asked).hidden_states
+    assert len(before) == len(after) == 3
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_two_heads_of_one_input():
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(36, 20) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(head(x) for head in self.heads)
+
+    weights = bk.compensate(Heads(), [correlated(50, 36)], GroupwiseConfig(groups=5), progress=False)
+    assert list(weights) == ["heads.0", "heads.1"]
+
+
 def test_refusals_leave_the_model_alone():
     model, config = tiny("BertModel"), GroupwiseConfig(groups=8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
