@@ -68,7 +68,9 @@ class Task:
 
     def __init__(self, cache: Path, quick: bool, tick: Callable[[str, int, int], None] | None = None):
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.cache, self.quick = cache, quick
         self.folder = fetch.fetch(fetch.MINILM, tick)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
