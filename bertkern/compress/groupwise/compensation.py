@@ -38,6 +38,10 @@ def compensate(
     inputs that the low-bit layers before it give it. Positions that an attention mask marks as padding do not count.
     The model runs in evaluation mode without gradients, and is left as it was.
 
+    all-MiniLM-L6-v2, 256 sentences of the STS-B training set, Spearman on the test set, fp32 0.8203: in 128 groups of
+    outputs 0.8192 (4 bits), 0.8258 (3) and 0.8114 (2); with rounds=0 0.8214 (3). Nearest rounding between the smallest
+    and the largest weight has 0.3512 (4) and 0.2719 (3).
+
     Args:
         model: any module with linear layers; transformers models inside are found.
         batches: an iterable of batches (a DataLoader, a list), or a single one, as for `calibrate`; kept in memory,
