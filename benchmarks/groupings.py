@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,14 @@ class Grouping(NamedTuple):
 
 
 SCALE = 0.01
+
+
+def config_of(grouping: Grouping, **more: Any) -> Any:
+    """The bertkern.GroupwiseConfig of one number of bits in these groups; needs bertkern."""
+    from bertkern import GroupwiseConfig
+
+    groups = {"groups": grouping.size} if grouping.axis == "n" else {"group_size": grouping.size}
+    return GroupwiseConfig(bits=grouping.bits[0], axis=grouping.axis, **groups, **more)
 
 
 def parse_groupings(text: str) -> list[Grouping]:

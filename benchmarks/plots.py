@@ -31,9 +31,10 @@ def save(run: Run, path: Path) -> Path:
         raise ValueError(f"{run.name}: nothing was measured, so there is nothing to draw.")
     path.parent.mkdir(parents=True, exist_ok=True)
     from .plots_attention import draw as attention
+    from .plots_qbert import draw as qbert
 
     draw = {"gemm": _gemm, "sparse": _sparse, "demo": _demo, "sentences": _demo, "memory": _memory}
-    draw |= {"attention": attention, "groupwise": _groupwise}
+    draw |= {"attention": attention, "groupwise": _groupwise, "qbert": qbert}
     figure = draw.get(run.name.partition("-")[0], _latency)(run, _pyplot())
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
     return path

@@ -15,7 +15,9 @@ from .results import Row, Run
 def render(run: Run) -> Group:
     """The run's facts and its tables, best of each column in bold."""
     kinds = {"gemm": _gemm, "sparse": _sparse, "groupwise": _groupwise, "demo": _demo, "sentences": _demo}
-    draw = (kinds | {"memory": _memory}).get(run.name.partition("-")[0], _sheet)
+    from .tables_qbert import tables as qbert
+
+    draw = (kinds | {"memory": _memory, "qbert": qbert}).get(run.name.partition("-")[0], _sheet)
     parts: list[RenderableType] = [Text(facts_line(run), style="dim")]
     for title, table in draw(run):
         parts += ["", Text(title, style="bold"), table]

@@ -38,6 +38,8 @@ _SURFACE = {
     "dequantize": "swap",
     "calibrate": "compress.static",
     "Calibration": "compress.static",
+    "compensate": "compress.groupwise",
+    "GroupwiseQatCallback": "compress.groupwise",
     "Int8Config": "config",
     "GroupwiseConfig": "config",
     "inspect": "inspect",

@@ -31,6 +31,8 @@ def _table(*rows: tuple[str, str, str, str, str]) -> dict[str, Entry]:
 MODELS = _table(
     ("bertkern-int8", "bertkern:Int8", "torch transformers bertkern", "int8", "quantize_(model, Int8Config())"),
     ("bertkern-fp32", "bertkern:Exact", "torch transformers bertkern", "fp32", "accelerate(model)"),
+    ("bertkern-groupwise", "bertkern:Groupwise", "torch transformers bertkern", "int8",
+     "quantize_(model, GroupwiseConfig(bits=4)); for qbert in the groups of its rows"),
     ("bertkern-int8-padded", "bertkern:Int8Padded", "torch transformers bertkern", "int8", "keep_padding=True"),
     ("bertkern-fp32-padded", "bertkern:ExactPadded", "torch transformers bertkern", "fp32", "keep_padding=True"),
     ("bertkern-int8-masked", "bertkern:Int8Masked", "torch transformers bertkern", "int8", "head_mask at run time"),

@@ -1,4 +1,4 @@
-"""bertkern itself: the int8 model and the exact one."""
+"""bertkern itself: the int8 and low-bit models and the exact one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import AutoModel
 import bertkern
 
 from .. import peak
+from ..groupings import config_of, parse_groupings
 from ..models import fill_heads, gone_from
 from .torch_engine import Eager
 
@@ -34,6 +35,18 @@ class Exact(Eager):
 class Int8(Exact):
     def change(self, model: torch.nn.Module) -> Any:
         bertkern.quantize_(model, bertkern.Int8Config(), keep_padding=self.keep_padding)
+        return self.describe(model)
+
+
+class Groupwise(Exact):
+    """Low-bit weights; `grouping` as in `groupings`, of one number of bits."""
+
+    def __init__(self, model: str, threads: int, grouping: str = "4n128"):
+        self.grouping = parse_groupings(grouping)[0]
+        super().__init__(model, threads)
+
+    def change(self, model: torch.nn.Module) -> Any:
+        bertkern.quantize_(model, config_of(self.grouping), keep_padding=self.keep_padding)
         return self.describe(model)
 
 

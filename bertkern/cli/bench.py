@@ -24,13 +24,14 @@ BENCHMARKS = (
     "importance",
     "hessian",
     "memory",
+    "qbert",
 )
 
 ENGINES_HELP = """\
 Each of them has its own: python -m bertkern bench attention --help.
 
 engines (columns of the table; one that is not installed is reported as absent):
-  bertkern-int8  bertkern-fp32  torch-fp32  torch-bf16  torch-int8  torchao-int8  onnxruntime-fp32
+  bertkern-int8  bertkern-groupwise  bertkern-fp32  torch-fp32  torch-bf16  torch-int8  torchao-int8  onnxruntime-fp32
   onnxruntime-int8  ctranslate2-int8  openvino-bf16  openvino-int8  deepsparse-fp32  deepsparse-int8;
   for padding also bertkern-int8-padded  bertkern-fp32-padded;
   for heads also bertkern-int8-masked  bertkern-fp32-masked;
@@ -73,7 +74,10 @@ OPTIONS = {
     "sentences": "sentences: of the test set, for the speed; default all; importance, hessian: random ones; "
     "default 64, 128",
     "tokens": "importance, hessian: of a sentence; default 128, 64",
+    "only": "qbert: rows TASK FORM METHOD that hold one of these, such as 'STS-B 4n128,2k64 qat'; default all",
+    "quick": "qbert: few rows and little data, to see that all of it runs",
 }
+FLAGS = ("quick",)
 
 
 def add(commands: Any) -> None:
@@ -96,6 +100,7 @@ def add(commands: Any) -> None:
         "bench importance --sentences 1000 --rounds 1",
         "bench hessian --out results",
         "bench memory",
+        "bench qbert --only 'STS-B 4n128'",
         more=f"\n\n{ENGINES_HELP}",
         add_help=False,
     )
@@ -122,7 +127,8 @@ class _Help(argparse.Action):
 def _add_options(sub: argparse.ArgumentParser, wanted: Container[str], rounds: int | None) -> None:
     for name, about in OPTIONS.items():
         if name in wanted:
-            sub.add_argument(f"--{name.replace('_', '-')}", help=about)
+            action = "store_true" if name in FLAGS else "store"
+            sub.add_argument(f"--{name.replace('_', '-')}", action=action, help=about)
     sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or alone to the screen")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="write JSON, CSV and PNG there")

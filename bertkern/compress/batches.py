@@ -21,16 +21,23 @@ class Batches:
     a list of strings. A list of strings is cut into batches of `batch_size`.
     """
 
-    def __init__(self, data: Any, model: nn.Module, tokenizer: Callable[..., Any] | None, batch_size: int) -> None:
+    def __init__(
+        self,
+        data: Any,
+        model: nn.Module,
+        tokenizer: Callable[..., Any] | None,
+        batch_size: int,
+        caller: str = "calibrate",
+    ) -> None:
         if isinstance(data, str) or not isinstance(data, (Iterable, Mapping, Tensor)):
-            raise TypeError(f"calibrate: expected batches to be an iterable of batches. Got {type(data).__name__}.")
+            raise TypeError(f"{caller}: expected batches to be an iterable of batches. Got {type(data).__name__}.")
         if batch_size < 1:
-            raise ValueError(f"calibrate: expected batch_size to be at least 1. Got {batch_size}.")
+            raise ValueError(f"{caller}: expected batch_size to be at least 1. Got {batch_size}.")
         if isinstance(data, (Mapping, Tensor)):
             data = [data]
         elif isinstance(data, (list, tuple)) and data and all(isinstance(text, str) for text in data):
             data = [list(data[start : start + batch_size]) for start in range(0, len(data), batch_size)]
-        self._data = data
+        self._data, self._caller = data, caller
         self._tokenizer = tokenizer
         # A SentenceTransformer tokenizes by itself (by `tokenize` until version 5), takes features as one argument.
         self._tokenize = getattr(model, "preprocess", None) or getattr(model, "tokenize", None)
@@ -55,7 +62,7 @@ class Batches:
         if isinstance(batch, (list, tuple)) and batch:
             return tuple(self._moved(value) for value in batch), {}
         raise TypeError(
-            "calibrate: expected a batch to be a mapping of tensors, a tuple of tensors, a tensor, or a list of "
+            f"{self._caller}: expected a batch to be a mapping of tensors, a tuple of tensors, a tensor, or a list of "
             f"strings. Got {type(batch).__name__}."
         )
 
@@ -67,7 +74,7 @@ class Batches:
             )
         if self._tokenize is not None:
             return self._tokenize(texts)
-        raise TypeError("calibrate: expected a tokenizer with batches of strings. Got None.")
+        raise TypeError(f"{self._caller}: expected a tokenizer with batches of strings. Got None.")
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device) if isinstance(value, Tensor) else value

@@ -31,7 +31,7 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], batches: Batches
         ValueError: no batch, Inf or NaN among the values, or a module that no batch reached; the text names it.
     """
     reached: set[str] = set()
-    mask = _CurrentMask()
+    mask = CurrentMask()
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -67,7 +67,7 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], batches: Batches
         raise ValueError(f"calibrate: expected the batches to reach {missed[0]}. Got none that does.")
 
 
-class _CurrentMask:
+class CurrentMask:
     """The attention mask of the running forward call, to leave padding out of the ranges."""
 
     def __init__(self) -> None:

@@ -5,53 +5,22 @@ steps seen, and `input_thresh`, `output_thresh`, the ranges max|x| (not scales),
 whatever the dtype of the model.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adopting import Adopted
 from .config import PAPER_SETTINGS, OpSettings
 from .fake_quant import fake_quantize, max_abs, quantize, rounded_bias, scale_of, step_of
 
 
-class _FakeQuant(nn.Module):
-    """What the two layers share: settings, the step counter, and how a plain layer becomes one of them."""
+class _FakeQuant(Adopted):
+    """What the two layers share: settings, the step counter, and the codes of their weight."""
 
-    plain: type[nn.Module]
     settings: OpSettings
-    _step: Tensor
-
-    @classmethod
-    def adopt(cls, module: nn.Module, settings: OpSettings) -> "nn.Module":
-        """Turns a plain layer into this class in place, and returns it.
-
-        The object stays, and with it its parameters, their ties, an optimizer's hold on them, hooks and pruning masks.
-        """
-        if type(module) is not cls.plain:
-            raise TypeError(f"{cls.__name__}: expected a plain {cls.plain.__name__}. Got {type(module).__name__}.")
-        module.__class__ = cls
-        module._begin(settings)
-        return module
-
-    def release(self) -> nn.Module:
-        """The inverse of `adopt`: the plain layer again, in place."""
-        for name in self._ranges():
-            del self._buffers[name]
-        del self.settings
-        self.__class__ = self.plain
-        return self
-
-    def _begin(self, settings: OpSettings) -> None:
-        self.settings = settings
-        self.register_buffer("_step", self._new_range())
-
-    def _new_range(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.float32, device=self.weight.device)
-
-    def _ranges(self) -> list[str]:
-        return [name for name in ("_step", "input_thresh", "output_thresh") if name in self._buffers]
+    STATE = ("_step", "input_thresh", "output_thresh")
 
     def weight_scale(self) -> Tensor:
         """The multiplier of the weight, fp32 scalar: M / max|weight|."""
@@ -68,18 +37,6 @@ class _FakeQuant(nn.Module):
     def fake_quantized_weight(self) -> Tensor:
         """The weight on its grid of codes, with straight-through gradient."""
         return fake_quantize(self.weight, self.weight_scale(), self.settings.weight_bits)
-
-    def _warming_up(self) -> bool:
-        # start_step 0, the common case, must not read the counter: on an accelerator that would synchronise.
-        return self.settings.start_step > 0 and bool(self._step < self.settings.start_step)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # `.half()` and `.to(dtype)` would round the ranges, and a half counter stops at 2048.
-        kept = {name: self._buffers[name] for name in self._ranges()}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            self._buffers[name] = value.to(self._buffers[name].device) if not value.is_meta else self._buffers[name]
-        return self
 
     def extra_repr(self) -> str:
         s = self.settings
