@@ -33,6 +33,7 @@ _SURFACE = {
     "Calibration": "compress.static",
     "Int8Config": "config",
     "inspect": "inspect",
+    "grids": "on_grid",
     "report": "reports",
     "Report": "reports",
     "cpu_isa": "ops",
