@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 # Where each name of the surface lives; imported when first asked for.
 _SURFACE = {
     "accelerate": "swap",
-    "quantize_": "swap",
+    "quantize_": "quantizing",
     "restore": "swap",
     "plan_of": "swap",
     "Plan": "tuning",
@@ -32,6 +32,7 @@ _SURFACE = {
     "calibrate": "compress.static",
     "Calibration": "compress.static",
     "Int8Config": "config",
+    "GroupwiseConfig": "config",
     "inspect": "inspect",
     "grids": "on_grid",
     "report": "reports",

@@ -165,10 +165,10 @@ def root_of(function: str, model: nn.Module) -> tuple[str, nn.Module]:
     ((prefix, root),) = roots.items()
     if not layer_names(root):
         raise ValueError(f"{function}: expected a model of a known family. Got {type(root).__name__}.")
-    if plan.int8_modules(model):
+    if kind := plan.quantized_as(model):
         raise ValueError(
-            f"{function}: expected a float model. Got one that is int8: call it before quantize_, or after restore or "
-            "dequantize."
+            f"{function}: expected a float model. Got one that is {kind}: call it before quantize_, or after "
+            "restore or dequantize."
         )
     _parts(f"{function}: expected", root)
     return prefix, root

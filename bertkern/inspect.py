@@ -14,9 +14,9 @@ from .config import Int8Config
 from .formats.grids import DTYPES as GRID_DTYPES
 from .formats.grids import grid_of
 from .inspection import Grid, Inspection, Layer, Matrix, Totals
-from .nn import Int8Embedding, Int8Linear
 from .nn.int8 import finite
-from .reports import INT8, float_name
+from .reports import float_name
+from .schemes import scheme_of
 from .structure import BLOCKS, Blocks, Structure, structure
 from .surgery import family_tables
 from .tuning import MARGIN, cost
@@ -49,30 +49,33 @@ def inspect(model: nn.Module) -> Inspection:
     counted: dict[Any, tuple[str, Structure, Grid | None]] = {}
     odd, zeros, weights = [], 0, 0
     for name, module in model.named_modules():
+        scheme = scheme_of(module)
         if name in choices:
             choice = choices[name]
-            runs, why = {"int8": INT8, "packed": float_name(module), "left": "torch"}[choice.action], choice.reason
-        elif isinstance(module, (Int8Linear, Int8Embedding)):
-            runs, why = f"{INT8} already", ""
+            runs, why = (
+                {"quantized": "int8", "packed": float_name(module), "left": "torch"}[choice.action],
+                choice.reason,
+            )
+        elif scheme is not None:
+            runs, why = f"{scheme.stored(module)} already", ""
         elif isinstance(module, nn.Embedding):
-            runs, why = INT8 if name in tables else "torch", ""
+            runs, why = "int8" if name in tables else "torch", ""
         else:
             continue
-        int8 = isinstance(module, (Int8Linear, Int8Embedding))
-        weight = module.weight_codes if int8 else shrink.effective(module)
+        weight = shrink.effective(module) if scheme is None else scheme.values(module)
         about = (name, type(module).__name__, () if weight is None else tuple(weight.shape), runs, why)
         if weight is None or not shrink.readable(weight) or weight.numel() == 0 or weight.dim() != 2:
             rows.append(Matrix(*about))
             continue
-        linear = not isinstance(module, (nn.Embedding, Int8Embedding))
+        linear = not isinstance(module, nn.Embedding if scheme is None else scheme.table)
         identity, same_as = _identity(module), ""
         if identity in counted:
             same_as, pattern, grid = counted[identity]
         else:
-            pattern, grid = structure(weight), None if int8 else _grid(weight)
+            pattern, grid = structure(weight), None if scheme is not None else _grid(weight)
             counted[identity] = name, pattern, grid
             weights, zeros = weights + weight.numel(), zeros + round(pattern.zeros * weight.numel())
-            if not int8 and not finite(weight):
+            if scheme is None and not finite(weight):
                 odd.append(name)
         times = _times(weight, pattern.densities, slices.get(name)) if linear else None
         pruned = plan.pruned_by_hook(module)
@@ -137,8 +140,10 @@ def _grid(weight: Tensor) -> Grid | None:
 
 def _identity(module: nn.Module) -> Any:
     """What is the same for modules whose weights are the same tensor."""
-    if isinstance(module, (Int8Linear, Int8Embedding)):
-        return id(module.weight_codes)
+    if scheme_of(module) is not None:
+        table = getattr(module, "table", None)
+        codes = module._buffers.get("weight_codes")
+        return id(table[0] if table else module) if codes is None else id(codes)
     own = module._parameters.get("weight")
     return id(module) if own is None else id(own)
 

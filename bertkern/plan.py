@@ -1,17 +1,18 @@
 """Which linear layers of a model can be swapped, which cannot and why. Nothing is changed here."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from .config import Int8Config
-from .nn import Int8Embedding, Int8Linear, PackedLinear, SparseLinear
+from .names import fits
+from .nn import PackedLinear, SparseLinear
 from .nn.int8 import finite
 from .nn.linear import FLOATS
+from .schemes import Scheme, scheme_of
 
 # Modules that read the weights of their linears instead of calling them.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -23,8 +24,8 @@ class Choice:
 
     Attributes:
         name: its path in the model.
-        action: "int8", "packed" (the same weights by bertkern's kernel) or "left".
-        reason: why an int8 layer was not made, or why the layer was left to torch; else empty.
+        action: "quantized", "packed" (the same weights by bertkern's kernel) or "left".
+        reason: why the layer was not quantized, or why it was left to torch; else empty.
     """
 
     name: str
@@ -63,19 +64,20 @@ def role(name: str, roots: dict[str, nn.Module]) -> str:
     return "outside" if roots else "body"
 
 
-def skipped(name: str, patterns: tuple[str, ...], roots: dict[str, nn.Module]) -> bool:
-    """Whether one of `patterns` names `name`, something above it, or a suffix of either."""
+def aliases(name: str, roots: dict[str, nn.Module]) -> list[str]:
+    """The names by which patterns may know the module `name`: its own first."""
     names = [name]
     for prefix, root in roots.items():
         # A base model is part of many models with a head; a name recorded there has the prefix of the base.
         if root.base_model is root and root.base_model_prefix and (not prefix or name.startswith(prefix + ".")):
             names.append(f"{root.base_model_prefix}.{name[len(prefix) + 1 :] if prefix else name}")
-    return any(
-        fnmatchcase(n, form)
-        for n in names
-        for pattern in patterns
-        for form in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-    )
+    return names
+
+
+def skipped(name: str, patterns: tuple[str, ...], roots: dict[str, nn.Module]) -> bool:
+    """Whether one of `patterns` names `name`, something above it, or a suffix of either."""
+    names = aliases(name, roots)
+    return any(fits(pattern, names) for pattern in patterns)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, str]]:
@@ -88,32 +90,49 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, str]]:
         yield name, module, _obstacle(module, above)
 
 
-def choose(model: nn.Module, config: Int8Config | None) -> list[Choice]:
-    """What becomes of every linear layer under `config`; None asks for no int8."""
+def choose(model: nn.Module, config: Any, given: Collection[str] = ()) -> list[Choice]:
+    """What becomes of every linear layer under `config`; None asks for no quantization.
+
+    Args:
+        config: of a scheme.
+        given: names of layers that become quantized whatever the config says of them.
+    """
     roots = pretrained_roots(model)
     choices = []
     for name, module, obstacle in linears(model):
         if obstacle:
             choices.append(Choice(name, module, "left", obstacle))
             continue
-        reason = "" if config is None else _not_int8(name, module, config, roots)
-        choices.append(Choice(name, module, "packed" if reason or config is None else "int8", reason))
+        reason = "" if config is None else _kept(name, module, config, roots, name in given)
+        choices.append(Choice(name, module, "packed" if reason or config is None else "quantized", reason))
     return choices
 
 
-def _not_int8(name: str, module: nn.Linear, config: Int8Config, roots: dict[str, nn.Module]) -> str:
-    if skipped(name, config.skip, roots):
-        return "skipped by the config"
-    kind = role(name, roots)
-    if (kind == "pooler" and not config.pooler) or (kind == "head" and not config.head):
-        return f"the config leaves the {kind}"
-    if kind == "outside":
-        # Such as the Dense of a SentenceTransformer, which its own file format has to load.
-        return "it stands outside the transformers model"
+def _kept(name: str, module: nn.Linear, config: Any, roots: dict[str, nn.Module], given: bool) -> str:
+    """Why the weights of a layer stay float, or ""."""
+    reason = "" if given else excluded(name, config, roots)
+    if reason:
+        return reason
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if any(not isinstance(hook, BasePruningMethod) for hook in hooks):
         return "it has hooks"
     return ""
+
+
+def excluded(name: str, config: Any, roots: dict[str, nn.Module]) -> str:
+    """Why `config` wants the linear `name` to stay float, or ""."""
+    if skipped(name, config.skip, roots):
+        return "skipped by the config"
+    kind = role(name, roots)
+    if (kind == "pooler" and not config.pooler) or (kind == "head" and not config.head):
+        return leaves(kind)
+    # Such as the Dense of a SentenceTransformer, which its own file format has to load.
+    return "it stands outside the transformers model" if kind == "outside" else ""
+
+
+def leaves(kind: str) -> str:
+    """The reason of a layer whose role is not to be quantized."""
+    return f"the config leaves the {kind}"
 
 
 def pruned_by_hook(module: nn.Module) -> bool:
@@ -159,13 +178,32 @@ def _obstacle(module: nn.Linear, above: list[nn.Module]) -> str:
 
 
 def check_finite(choices: list[Choice]) -> None:
-    """Raises ValueError, naming the layer, if a weight or bias that is to become int8 holds Inf or NaN."""
+    """Raises ValueError, naming the layer, if a weight or bias that is to be quantized holds Inf or NaN."""
     for choice in choices:
         for tensor_name, tensor in choice.module.named_parameters(recurse=False):
-            if choice.action == "int8" and not finite(tensor):
+            if choice.action == "quantized" and not finite(tensor):
                 raise ValueError(f"quantize_: expected {choice.name}.{tensor_name} to be finite. Got Inf or NaN.")
 
 
-def int8_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The int8 linears and tables inside `model`, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (Int8Linear, Int8Embedding))}
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The quantized linears and tables inside `model`, by name."""
+    return {name: module for name, module in model.named_modules() if scheme_of(module) is not None}
+
+
+def quantized_as(model: nn.Module) -> str:
+    """In a word, what a model with quantized modules is; empty for a float one."""
+    first = next(iter(quantized_modules(model).values()), None)
+    return "" if first is None else scheme_of(first).name
+
+
+def scheme_in(model: nn.Module) -> Scheme | None:
+    """The scheme of the quantized modules inside `model`, if there are any.
+
+    Raises:
+        ValueError: there are modules of two schemes, which no record tells of.
+    """
+    found = {scheme_of(module): name for name, module in quantized_modules(model).items()}
+    if len(found) > 1:
+        each = " and ".join(f"{scheme.name} ({name})" for scheme, name in found.items())
+        raise ValueError(f"expected quantized modules of one kind in a model. Got {each}.")
+    return next(iter(found), None)

@@ -57,9 +57,9 @@ def grow(root: nn.Module) -> None:
 
 
 def _write_full(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Makes the state dict of a shrunk model that of the whole one; int8 ones record their widths instead."""
+    """Makes the state dict of a shrunk model that of the whole one; quantized ones record their widths instead."""
     removed = root.__dict__.get(SHRUNK)
-    if removed is None or layers.int8_modules(root):
+    if removed is None or layers.quantized_modules(root):
         return
     for name, tensor in shrink.full_tensors(root, removed).items():
         if tensor is None:
@@ -71,7 +71,7 @@ def _write_full(root: nn.Module, state: dict[str, Any], prefix: str, metadata: d
 def _grow_for(root: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
     """Makes a shrunk model whole again when tensors of the whole one are about to be loaded."""
     removed = root.__dict__.get(SHRUNK)
-    if removed is None or layers.int8_modules(root):
+    if removed is None or layers.quantized_modules(root):
         return
     names = [f"{cut.module}.{cut.tensor}" for layer in removed.layers.values() for cut in layer.cuts]
     if any(prefix + name in state for name in names):

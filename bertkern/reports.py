@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .nn import Int8Embedding, Int8Linear, PackedLinear, SparseLinear
+from .nn import PackedLinear, SparseLinear
 from .record import record_of
-
-INT8 = "int8"
+from .schemes import scheme_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What computes each part of `model` now, and why something is left to torch.
 
+    "int4 n/128" is a weight of 4 bits in 128 groups along N; activations are int8 unless more is said.
+
     Example:
         >>> report(nn.Sequential(nn.Linear(4, 2))).rows[0].runs
         'torch'
@@ -77,17 +78,12 @@ def report(model: nn.Module) -> Report:
         if hasattr(module, "fell_back"):
             rows.append(Row(name, kind, (), module.RUNS))
             fallbacks.update({f"{name}: {reason}": n for reason, n in getattr(module, "fallbacks", {}).items()})
-        elif isinstance(module, (Int8Linear, Int8Embedding)):
-            static = isinstance(module, Int8Linear) and bool(float(module.input_scale))
-            runs = f"{INT8} static" if static else INT8
-            if isinstance(module, Int8Linear) and module.form.layout != "dense":
-                runs = f"{runs}, {module.form}"
+        elif scheme := scheme_of(module):
+            linear = isinstance(module, scheme.linear)
             shape = (
-                (module.out_features, module.in_features)
-                if isinstance(module, Int8Linear)
-                else (module.num_embeddings, module.embedding_dim)
+                (module.out_features, module.in_features) if linear else (module.num_embeddings, module.embedding_dim)
             )
-            rows.append(Row(name, kind, shape, runs, str(forms.get(name, ""))))
+            rows.append(Row(name, kind, shape, scheme.runs(module), str(forms.get(name, ""))))
         elif isinstance(module, SparseLinear):
             runs = f"{float_name(module)}, {module.form}"
             rows.append(Row(name, kind, (module.out_features, module.in_features), runs, str(forms.get(name, ""))))

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from . import plan
-from .nn import Int8Linear, PackedLinear, SparseLinear
+from .nn import PackedLinear, SparseLinear
 from .nn.activations import activation_code
 from .nn.encoder import LayerParts, Unfit
+from .schemes import SCHEMES
 
 # Activations of torch that see more than one unit, or that draw random numbers.
 _NOT_ELEMENTWISE = (
@@ -374,7 +375,7 @@ def ragged(model: nn.Module) -> dict[str, dict[str, Any]]:
         for name, layer, family in _layers(root):
             try:
                 parts = family.parts(layer)
-                _, _, wide = _sizes(parts, (nn.Linear, Int8Linear))
+                _, _, wide = _sizes(parts, (nn.Linear, *(scheme.linear for scheme in SCHEMES)))
             except (Unfit, AttributeError):
                 continue
             kept = numbers(parts)

@@ -93,13 +93,13 @@ def unfuse(model: nn.Module) -> None:
         delattr(model, RECORD)
 
 
-def family_tables(model: nn.Module) -> list[str]:
-    """The names of the embedding tables that known families sum up in their embeddings."""
+def family_tables(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Embedding,)) -> list[str]:
+    """The names of the embedding tables, of one of these classes, that known families sum up in their embeddings."""
     names = []
     for prefix, root in layers.pretrained_roots(model).items():
         for name, module, fused_class in _family_modules(root):
             for table in getattr(fused_class, "TABLES", ()):
-                if type(getattr(module, table)) is nn.Embedding:
+                if type(getattr(module, table)) in kinds:
                     names.append(".".join(part for part in (prefix, name, table) if part))
     return names
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bertkern import plan
-from bertkern.config import Int8Config
+from bertkern.config import GroupwiseConfig, Int8Config
 
 from .batches import Batches
 from .observation import observe
@@ -66,14 +66,14 @@ class Calibration:
 def calibrate(
     model: nn.Module,
     batches: Any,
-    config: Int8Config | None = None,
+    config: Int8Config | GroupwiseConfig | None = None,
     *,
     tokenizer: Callable[..., Any] | None = None,
     observer: str | Callable[[], Observer] = "absmax",
     batch_size: int = 32,
     progress: bool = True,
 ) -> Calibration:
-    """Finds what the inputs of a float model's linear layers range over, for `Int8Config(activation="static")`.
+    """Finds what the inputs of a float model's linear layers range over, for activation "static".
 
     The model runs in evaluation mode without gradients, and is left as it was. Positions that an attention mask marks
     as padding do not count.
@@ -83,7 +83,7 @@ def calibrate(
         batches: an iterable of batches (a DataLoader, a list), or a single one. A batch is a mapping of tensors (its
             labels are left out), a tuple of tensors in the order of the model's arguments, a tensor, or a list of
             strings.
-        config: which layers are to become int8; the others are not watched.
+        config: which layers are to be quantized; the others are not watched.
         tokenizer: a transformers tokenizer, for strings. A SentenceTransformer brings its own.
         observer: "absmax" (nothing is clipped), "percentile" (99.99 % of the values lie below each end), "ema" (a
             moving average of the batches' extremes), or what makes an observer of one end: `lambda: Percentile(99.9)`.
@@ -110,7 +110,7 @@ def calibrate(
         raise TypeError(f"calibrate: expected a torch.nn.Module. Got {type(model).__name__}.")
     make = named_observer(observer)
     chosen = plan.choose(model, config or Int8Config(activation="static"))
-    watched = {choice.name: choice.module for choice in chosen if choice.action == "int8"}
+    watched = {choice.name: choice.module for choice in chosen if choice.action == "quantized"}
     if not watched:
         raise ValueError("calibrate: expected a float model with a linear layer to quantize. Got none.")
     # An observer knows magnitudes; each end is one, of the values on its side of zero.

@@ -141,20 +141,21 @@ class GroupwiseWeight:
         return cls(**found, shape=shape, axis=axis, group_size=group_size).check()
 
     def check(self) -> GroupwiseWeight:
-        """This weight, if its tensors are what they must be.
+        """This weight, if its tensors are what they must be; on the meta device their dtypes and shapes count, of codes
+        no more than that they are bytes.
 
         Raises:
             ValueError: the text names the first thing that is wrong, and what was expected.
         """
         n, k = _expect_shape("GroupwiseWeight", self.shape)
         _expect_grouping("GroupwiseWeight", self.axis, self.group_size)
-        groups = self.groups
+        groups, known = self.groups, self.bits.device.type != "meta"
         if self.bits.dtype != torch.uint8 or list(self.bits.shape) != [groups]:
             raise ValueError(
                 f"GroupwiseWeight: expected bits uint8 of shape [G] = [{groups}]. "
                 f"Got {self.bits.dtype} of shape {list(self.bits.shape)}."
             )
-        if groups and not bool(((self.bits >= 2) & (self.bits <= 8)).all()):
+        if known and groups and not bool(((self.bits >= 2) & (self.bits <= 8)).all()):
             raise ValueError(f"GroupwiseWeight: expected bits from 2 to 8. Got {sorted(set(self.bits.tolist()))}.")
         allowed = [[groups]] if self.axis == "n" else [[n, groups], [1, groups]]
         for name in ("scale", "zero"):
@@ -166,16 +167,18 @@ class GroupwiseWeight:
                     f"GroupwiseWeight: expected {name} float32 of shape {' or '.join(map(str, allowed))}. "
                     f"Got {tensor.dtype} of shape {list(tensor.shape)}."
                 )
-            if not bool(torch.isfinite(tensor).all()):
+            if known and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"GroupwiseWeight: expected a finite {name}. Got NaN or Inf.")
         if self.zero is not None and self.zero.shape != self.scale.shape:
             raise ValueError(
                 f"GroupwiseWeight: expected zero of the shape of scale, {list(self.scale.shape)}. "
                 f"Got {list(self.zero.shape)}."
             )
-        if not bool((self.scale > 0).all()):
+        if known and not bool((self.scale > 0).all()):
             raise ValueError("GroupwiseWeight: expected scales above 0. Got others.")
-        size = sum((rows.stop - rows.start) * (int(bits.sum() + 7) // 8) for rows, bits in _runs(self))
+        size = self.codes.numel()
+        if known:
+            size = sum((rows.stop - rows.start) * (int(bits.sum() + 7) // 8) for rows, bits in _runs(self))
         if self.codes.dtype != torch.uint8 or list(self.codes.shape) != [size]:
             raise ValueError(
                 f"GroupwiseWeight: expected codes uint8 of shape [{size}], as bits say for {[n, k]}. "
@@ -313,6 +316,7 @@ def quantize_groupwise(
     symmetric: bool = False,
     shared: bool = False,
     whole_zero: bool = False,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> GroupwiseWeight:
     """Rounds weight [N, K] to the nearest points between the smallest and the largest weight of each group.
 
@@ -321,6 +325,7 @@ def quantize_groupwise(
         group_size: rows (axis "n") or columns ("k") in a group; None: one group.
         symmetric, whole_zero: see `grid`.
         shared: along "k": all rows share the groups' ranges, as in the authors' code.
+        ranges: (low, high) of each group, of the shape of scale, instead; what lies outside becomes the nearest end.
 
     Raises:
         ValueError: a weight that is no matrix or not finite, or bits or a group size that do not fit.
@@ -337,7 +342,7 @@ def quantize_groupwise(
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("quantize_groupwise: expected finite weights. Got NaN or Inf.")
     wide = expect_bits("quantize_groupwise", bits, group_count(tuple(weight.shape), axis, group_size)).to(weight.device)
-    low, high = group_ranges(weight, axis, group_size, shared)
+    low, high = group_ranges(weight, axis, group_size, shared) if ranges is None else ranges
     scale, zero = grid(low, high, wide, symmetric, whole_zero)
     codes = round_to_grid(weight, scale, zero, wide, axis, group_size)
     if symmetric:

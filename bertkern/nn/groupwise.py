@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..formats.groupwise import GroupwiseWeight, read_rows, table_rows
+from ..config import GroupwiseConfig
+from ..formats.groupwise import GroupwiseWeight, expect_bits, group_count, read_rows, table_rows
+from ..formats.rounding import round_weight
+from .int8 import finite, input_step
 from .linear import FLOATS
-from .packing import PackedCache, lean
+from .packing import PackedCache, lean, version
 
 _linear = lean(torch.ops.bertkern.linear.default)
 CODES = "weight_codes"
@@ -28,16 +32,26 @@ class _GroupwiseWeight(PackedCache, nn.Module):
     weight_scale: Tensor
     weight_zero: Tensor | None
     weight_bits: Tensor
+    # The table whose codes this module has for its own, in a tuple to stand outside the module tree.
+    table: tuple[GroupwiseEmbedding] | None = None
 
     def _hold(self, weight: GroupwiseWeight) -> None:
         self.shape, self.axis, self.group_size = weight.shape, weight.axis, weight.group_size
         for name in GroupwiseWeight.TENSORS:
             self.register_buffer(f"weight_{name}", getattr(weight, name))
 
+    def held(self, name: str) -> Tensor | None:
+        """The tensor `weight_<name>`, None where there is none; of codes, None once they are packed."""
+        owner = self.table[0] if self.table else self
+        return owner._buffers.get(f"weight_{name}")
+
     def groupwise_weight(self) -> GroupwiseWeight:
         """The weight as it is kept."""
         tensors = (getattr(self, f"weight_{name}") for name in GroupwiseWeight.TENSORS)
-        return GroupwiseWeight(*tensors, self.shape, self.axis, self.group_size)
+        return GroupwiseWeight(*tensors, **self._layout())
+
+    def _layout(self) -> dict[str, Any]:
+        return {"shape": self.shape, "axis": self.axis, "group_size": self.group_size}
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(codes - zero) * scale, [N, K]."""
@@ -66,25 +80,30 @@ class _GroupwiseWeight(PackedCache, nn.Module):
 
     def _take_codes(self) -> None:
         """Has the codes among the buffers again, first as in the state dict."""
-        if CODES not in self._buffers:
+        if CODES not in self._buffers and not self.table:
             others = dict(self._buffers)
             codes = self.weight_codes
             self._buffers.clear()
             self._buffers.update({CODES: codes, **others})
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("weight_") and self.table:
+            return getattr(self.table[0], name)
         if name == CODES and self.__dict__.get("_packed") is not None:
             return self._codes_of(self._packed.packed)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("weight_") and self.table:
+            setattr(self.table[0], name, value)
+            return
         if name == CODES and self.__dict__.get("_packed") is not None:
             self.stale()
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict:
         state = super().__getstate__()
-        if CODES not in state["_buffers"]:
+        if CODES not in state["_buffers"] and not self.table:
             state["_buffers"] = {CODES: self.weight_codes, **state["_buffers"]}
         return state
 
@@ -93,12 +112,25 @@ class _GroupwiseWeight(PackedCache, nn.Module):
         self._repack()
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + CODES] = self.weight_codes
+        if not self.table:
+            destination[prefix + CODES] = self.weight_codes
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         self._take_codes()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        names = [name for name in GroupwiseWeight.TENSORS if self.held(name) is not None]
+        found = {name: state_dict.get(f"{prefix}weight_{name}") for name in names}
+        if not self.table and all(tensor is not None for tensor in found.values()):
+            try:
+                GroupwiseWeight(**{"zero": None, **found}, **self._layout()).check()
+            except ValueError as error:
+                errors.append(f"{prefix.removesuffix('.')}: {error}")
+                return
+            # Other bits make codes of another length.
+            for name, tensor in found.items():
+                if tensor.shape != self.held(name).shape:
+                    setattr(self, f"weight_{name}", torch.empty_like(tensor, device=self.held(name).device))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         self._take_codes()
@@ -111,6 +143,10 @@ class _GroupwiseWeight(PackedCache, nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def _bits_repr(self) -> str:
+        known = self.weight_bits.device.type != "meta"
+        return "/".join(map(str, sorted(set(self.weight_bits.tolist())))) if known else "?"
 
 
 class GroupwiseLinear(_GroupwiseWeight):
@@ -169,9 +205,68 @@ class GroupwiseLinear(_GroupwiseWeight):
                 self.register_buffer(name, None)
                 continue
             made = torch.as_tensor(value, dtype=dtype, device=weight.codes.device).detach().reshape(()).clone()
-            if not 0 <= float(made) < float("inf"):
+            if made.device.type != "meta" and not 0 <= float(made) < float("inf"):
                 raise ValueError(f"GroupwiseLinear: expected a finite {name} of at least 0. Got {float(made)}.")
             self.register_buffer(name, made)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: GroupwiseConfig | None = None,
+        *,
+        bits: Tensor | Sequence[int] | int | None = None,
+        input_range: tuple[float, float] | None = None,
+        weight: GroupwiseWeight | None = None,
+    ) -> GroupwiseLinear:
+        """The low-bit form of `linear`.
+
+        Args:
+            linear: weight [N, K] of any float dtype, finite.
+            config: all but embedding_bits, pooler, head, skip and layer_bits counts.
+            bits: of all groups or of each, instead of the config's.
+            input_range: (low, high) of the inputs, low <= 0 <= high, for static activations.
+            weight: what the weight becomes, made elsewhere; then config tells of the activations alone.
+
+        Raises:
+            ValueError: a weight that is not finite, bits or a weight that do not fit, or activation "static" without
+                input_range.
+
+        Example:
+            >>> GroupwiseLinear.from_linear(nn.Linear(64, 32), GroupwiseConfig(bits=2, groups=4)).group_size
+            8
+        """
+        config = config or GroupwiseConfig()
+        step, zero = input_step(config, input_range, linear.weight.device.type == "meta")
+        if weight is None:
+            weight = rounded("GroupwiseLinear", linear.weight, config, config.bits if bits is None else bits)
+        elif weight.shape != tuple(linear.weight.shape):
+            raise ValueError(
+                f"GroupwiseLinear: expected weight of shape [N, K] = {list(linear.weight.shape)}. "
+                f"Got {list(weight.shape)}."
+            )
+        bias = None if linear.bias is None else linear.bias.detach().to(torch.float32, copy=True)
+        made = cls(weight, bias, input_scale=step, input_zero_point=zero)
+        if linear.weight.dtype in FLOATS:
+            made.dtype = linear.weight.dtype
+        made.original = (linear,) if config.keep_original else None
+        return made.train(linear.training)
+
+    @classmethod
+    def from_table(
+        cls,
+        table: GroupwiseEmbedding,
+        bias: Tensor | None = None,
+        *,
+        input_scale: float | None = None,
+        input_zero_point: int | None = None,
+    ) -> GroupwiseLinear:
+        """A layer whose weight is `table`, row by row: it has the table's codes, which the state dict holds once."""
+        made = cls(table.groupwise_weight(), bias, input_scale=input_scale, input_zero_point=input_zero_point)
+        for name in GroupwiseWeight.TENSORS:
+            del made._buffers[f"weight_{name}"]
+        made.table, made.dtype = (table,), table.dtype
+        return made.train(table.training)
 
     def dequantize(self) -> nn.Linear:
         """The nearest fp32 nn.Linear."""
@@ -192,15 +287,16 @@ class GroupwiseLinear(_GroupwiseWeight):
 
     def _sources(self) -> tuple[Tensor | None, ...]:
         get = self._buffers.get
-        names = ("weight_scale", "weight_zero", "bias", "weight_bits", "input_scale", "input_zero_point")
-        return tuple(map(get, names))
+        scale, zero, bits = map(self.held, ("scale", "zero", "bits"))
+        shared = self.table[0].codes_in() if self.table else None
+        return scale, zero, get("bias"), bits, get("input_scale"), get("input_zero_point"), shared
 
     def weights(self) -> list[Tensor]:
-        held = (*self._sources()[:4], self._buffers.get(CODES))
+        held = (*self._sources()[:4], self.held("codes"))
         return [tensor for tensor in held if tensor is not None]
 
     def _codes_of(self, packed: Tensor) -> Tensor:
-        return ops.unpack_groupwise(packed, self._buffers["weight_bits"])
+        return ops.unpack_groupwise(packed, self.held("bits"))
 
     def _pack(self) -> Tensor:
         bias, step, zero = self.bias, self.input_scale, self.input_zero_point
@@ -210,12 +306,18 @@ class GroupwiseLinear(_GroupwiseWeight):
         static = {"input_scale": float(step), "input_zero_point": int(zero)}
         return ops.pack_groupwise(self.groupwise_weight(), bias, **static)
 
+    @property
+    def activation(self) -> str:
+        """ "float", "static" or "dynamic"; the last on the meta device for whatever is rounded."""
+        step = self.input_scale
+        if step is None:
+            return "float"
+        return "static" if step.device.type != "meta" and float(step) else "dynamic"
+
     def extra_repr(self) -> str:
-        bits = "/".join(map(str, sorted(set(self.weight_bits.tolist()))))
-        activation = "float" if self.input_scale is None else "static" if float(self.input_scale) else "dynamic"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={bits}, axis={self.axis}, group_size={self.group_size}, activation={activation}"
+            f"bits={self._bits_repr()}, axis={self.axis}, group_size={self.group_size}, activation={self.activation}"
         )
 
 
@@ -237,10 +339,41 @@ class GroupwiseEmbedding(_GroupwiseWeight):
     ) -> None:
         super().__init__()
         self._hold(weight.check())
-        self._one_width = bool((weight.bits == weight.bits[:1]).all())
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = padding_idx
         self.dtype = dtype
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        config: GroupwiseConfig | None = None,
+        *,
+        bits: int | None = None,
+        weight: GroupwiseWeight | None = None,
+    ) -> GroupwiseEmbedding:
+        """The low-bit form of `embedding`, its rows each a group; made in blocks of rows.
+
+        Args:
+            config: its embedding_bits (None: 8), symmetric, method and keep_original count.
+            bits: instead of the config's.
+            weight: what the table becomes, made elsewhere.
+
+        Raises:
+            ValueError: a table that is not finite, or a weight of another shape.
+        """
+        config, table = config or GroupwiseConfig(), embedding.weight
+        if weight is None:
+            bits = bits or config.embedding_bits or 8
+            rows = replace(config, axis="n", groups=None, group_size=1, shared=False)
+            weight = rounded("GroupwiseEmbedding", table, rows, bits)
+        elif weight.shape != tuple(table.shape):
+            raise ValueError(
+                f"GroupwiseEmbedding: expected weight of shape [R, H] = {list(table.shape)}. Got {list(weight.shape)}."
+            )
+        made = cls(weight, embedding.padding_idx, table.dtype)
+        made.original = (embedding,) if config.keep_original else None
+        return made.train(embedding.training)
 
     def dequantize(self) -> nn.Embedding:
         """The nearest nn.Embedding."""
@@ -255,7 +388,23 @@ class GroupwiseEmbedding(_GroupwiseWeight):
 
     def packable(self) -> bool:
         """Whether rows can be read one by one: groups of rows, all of as many bits."""
-        return self.axis == "n" and self.embedding_dim >= 8 and self._one_width
+        return self.axis == "n" and self.embedding_dim >= 8 and self._one_width()
+
+    def _one_width(self) -> bool:
+        known, bits = self.__dict__.get("_width"), self._buffers["weight_bits"]
+        if known is not None and (torch.compiler.is_compiling() or known[:2] == (id(bits), version(bits))):
+            return known[2]
+        if bits.device.type == "meta":
+            return False
+        found = bool((bits == bits[:1]).all())
+        # The tensor is kept, so that no other has its id.
+        self.__dict__["_width"] = id(bits), version(bits), found, bits
+        return found
+
+    def codes_in(self) -> Tensor:
+        """The tensor that holds the codes now: the canonical ones, or the packed copy."""
+        codes = self._buffers.get(CODES)
+        return self._packed.packed if codes is None else codes
 
     def _sources(self) -> tuple[Tensor | None, ...]:
         return tuple(map(self._buffers.get, ("weight_scale", "weight_zero", "weight_bits")))
@@ -266,6 +415,20 @@ class GroupwiseEmbedding(_GroupwiseWeight):
     def _pack(self) -> Tensor:
         return table_rows(self.groupwise_weight())
 
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in super().__getstate__().items() if key != "_width"}
+
     def extra_repr(self) -> str:
-        bits = "/".join(map(str, sorted(set(self.weight_bits.tolist()))))
-        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}, bits={bits}"
+        about = f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
+        return f"{about}, bits={self._bits_repr()}"
+
+
+def rounded(owner: str, weight: Tensor, config: GroupwiseConfig, bits: Tensor | Sequence[int] | int) -> GroupwiseWeight:
+    """The low-bit form of a matrix under `config`, all but its bits."""
+    weight = weight.detach()
+    if not finite(weight):
+        raise ValueError(f"{owner}: expected a finite weight. Got Inf or NaN.")
+    size = config.size_of(weight.shape[0] if config.axis == "n" else weight.shape[1])
+    wide = expect_bits(owner, bits, group_count(tuple(weight.shape), config.axis, size))
+    how = {"method": config.method, "symmetric": config.symmetric, "shared": config.shared}
+    return round_weight(weight, wide, size, config.axis, **how)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _ops  # noqa: F401  (loads the operators)
-from ..config import Int8Config
+from ..config import GroupwiseConfig, Int8Config
 from ..formats.bsr import BsrWeight
 from ..formats.int8 import quantize_weight, static_step
 from .linear import FLOATS
@@ -382,12 +382,17 @@ class Int8Embedding(_Int8Weight):
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
 
 
-def input_step(config: Int8Config, ends: tuple[float, float] | None, later: bool) -> tuple[float, int]:
-    """Step and zero point of a layer's input, 0 and 0 for dynamic ones and for those that a file is to bring later."""
+def input_step(
+    config: Int8Config | GroupwiseConfig, ends: tuple[float, float] | None, later: bool
+) -> tuple[float | None, int | None]:
+    """Step and zero point of a layer's input, 0 and 0 for dynamic ones and for those that a file is to bring later;
+    None for inputs that stay float."""
+    if config.activation == "float":
+        return None, None
     if config.activation == "dynamic" or (ends is None and later):
         return 0.0, 0
     if ends is None:
-        raise ValueError('Int8Linear: expected input_range with activation "static". Got None.')
+        raise ValueError('from_linear: expected input_range with activation "static". Got None.')
     return static_step(*ends, unsigned=config.activation_unsigned)
 
 

@@ -93,7 +93,7 @@ def test_bf16_attention_costs_no_accuracy(family):
 
 def test_config_chooses_what_becomes_int8():
     def names(model):
-        return set(bk.plan.int8_modules(model))
+        return set(bk.plan.quantized_modules(model))
 
     name = "BertForSequenceClassification"
     everything = names(bk.quantize_(make(name)))
@@ -158,7 +158,7 @@ def test_tied_decoders_share_the_codes_of_the_table(family):
     bk.quantize_(model)
     decoder, table = model.get_output_embeddings(), model.get_input_embeddings()
     assert decoder.weight_codes is table.weight_codes
-    assert sum(key.endswith("weight_codes") for key in model.state_dict()) == len(bk.plan.int8_modules(model)) - 1
+    assert sum(key.endswith("weight_codes") for key in model.state_dict()) == len(bk.plan.quantized_modules(model)) - 1
     with torch.no_grad():
         bk.dequantize(model)
     assert model.get_output_embeddings().weight.equal(model.get_input_embeddings().weight)

@@ -253,7 +253,10 @@ QUERY = "bert.encoder.layer.1.attention.self.query"
             lambda s: s.update({"bert.embeddings.LayerNorm.bias": torch.ones(51)}),
             r"LayerNorm.bias of shape \[52\]. Got \[51\]",
         ),
-        (lambda s: s.update({f"{QUERY}.weight_codes": s[f"{QUERY}.weight_codes"].to(torch.uint8)}), "Got U8 of shape"),
+        (
+            lambda s: s.update({f"{QUERY}.weight_codes": s[f"{QUERY}.weight_codes"].to(torch.uint8)}),
+            "Got torch.uint8 of shape",
+        ),
     ],
 )
 def test_checkpoints_that_do_not_fit(change, message, tmp_path):

@@ -86,10 +86,10 @@ def find_targets(model: nn.Module, config: PruneConfig) -> list[Target]:
 
 
 def _refuse_swapped(model: nn.Module) -> None:
-    if quantized := list(plan.int8_modules(model)):
+    if quantized := list(plan.quantized_modules(model)):
         raise ValueError(
-            f"prune_: expected a float model. Got int8 layers, such as {quantized[0]}: prune first, then quantize_; "
-            "bertkern.restore and bertkern.dequantize lead back to floats."
+            f"prune_: expected a float model. Got {plan.quantized_as(model)} layers, such as {quantized[0]}: prune "
+            "first, then quantize_; bertkern.restore and bertkern.dequantize lead back to floats."
         )
     for name, module in model.named_modules():
         where = f", such as {name}" if name else ""

@@ -1,9 +1,9 @@
-"""What a user asks for: frozen, versioned, JSON both ways."""
+"""W8A8."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .versioned import Versioned
+from ..versioned import Versioned
 
 WEIGHTS = ("per_channel", "per_tensor")
 ACTIVATIONS = ("dynamic", "static")

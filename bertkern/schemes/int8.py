@@ -1,0 +1,121 @@
+"""int8 codes, a scale for each row or for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Int8Config
+from ..nn import Int8Embedding, Int8Linear
+from ..nn.int8 import input_step
+from .scheme import Header, Scheme, expect
+
+
+class Int8Scheme(Scheme):
+    """W8A8."""
+
+    name = "int8"
+    config = Int8Config
+    linear, table = Int8Linear, Int8Embedding
+    tensors = ("weight_codes", "weight_scale", "input_scale", "input_zero_point", "output_scale")
+
+    def tables(self, config: Int8Config) -> bool:
+        return config.embeddings
+
+    def make(
+        self,
+        module: nn.Module,
+        config: Int8Config,
+        names: Sequence[str],
+        input_range: tuple[float, float] | None = None,
+        weight: Any = None,
+    ) -> nn.Module:
+        if isinstance(module, nn.Embedding):
+            return Int8Embedding.from_embedding(module, config)
+        return Int8Linear.from_linear(module, config, input_range=input_range)
+
+    def tied(
+        self,
+        linear: nn.Module,
+        table: Int8Embedding,
+        config: Int8Config,
+        head: bool,
+        input_range: tuple[float, float] | None,
+    ) -> Int8Linear:
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        step, zero = input_step(config, input_range, table.weight_codes.device.type == "meta")
+        made = Int8Linear(table.weight_codes, table.weight_scale, bias, input_scale=step, input_zero_point=zero)
+        # The codes of both are the same, row by row, so one tensor serves both.
+        made.share(table)
+        made.original = (linear,) if config.keep_original else None
+        return made.train(linear.training)
+
+    def describe(self, modules: Mapping[str, nn.Module]) -> Int8Config:
+        layers = [module for module in modules.values() if isinstance(module, Int8Linear)]
+        one_scale = all(module.weight_scale.numel() == 1 for module in modules.values())
+        return Int8Config(
+            weight="per_tensor" if one_scale else "per_channel",
+            activation="static" if any(float(layer.input_scale) for layer in layers) else "dynamic",
+            activation_unsigned=any(float(layer.input_scale) and int(layer.input_zero_point) for layer in layers),
+            embeddings=any(isinstance(module, Int8Embedding) for module in modules.values()),
+        )
+
+    def stored(self, module: nn.Module) -> str:
+        return "int8"
+
+    def runs(self, module: nn.Module) -> str:
+        if isinstance(module, Int8Embedding):
+            return "int8"
+        static = " static" if float(module.input_scale) else ""
+        return f"int8{static}" + ("" if module.form.layout == "dense" else f", {module.form}")
+
+    def values(self, module: nn.Module) -> Tensor:
+        return module.weight_codes
+
+    def misfits(
+        self,
+        name: str,
+        module: nn.Module,
+        config: Int8Config,
+        held: Mapping[str, Header],
+        form: Mapping[str, Any],
+        tied: bool,
+    ) -> list[str]:
+        problems: list[str] = []
+        rows, columns = module.weight.shape
+        if not tied:
+            expect(problems, name, held, "weight_codes", "torch.int8", [[rows, columns]], "[N, K]")
+            expect(problems, name, held, "weight_scale", "torch.float32", [[rows], [1]], "[N]")
+        if isinstance(module, nn.Linear):
+            for tensor, dtype in zip(self.tensors[2:], ("torch.float32", "torch.int32", "torch.float32"), strict=True):
+                expect(problems, name, held, tensor, dtype, [[]], "[]")
+            if module.bias is not None:
+                expect(problems, name, held, "bias", "torch.float32", [[rows]], "[N]")
+        return problems
+
+    def skeleton(
+        self,
+        module: nn.Module,
+        config: Int8Config,
+        held: Mapping[str, Header],
+        form: Mapping[str, Any],
+        names: Sequence[str],
+    ) -> nn.Module:
+        made = self.make(module, config, names)
+        if "weight_scale" in held:
+            made.weight_scale = torch.empty(held["weight_scale"][1], dtype=torch.float32, device="meta")
+        return made
+
+    def tie_loaded(self, linear: Int8Linear, table: Int8Embedding) -> None:
+        linear.share(table)
+
+    def check_loaded(self, name: str, module: nn.Module) -> None:
+        if module.weight_codes.numel() and int(module.weight_codes.min()) < -127:
+            raise ValueError(f"from_pretrained: expected {name}.weight_codes in [-127, 127]. Got -128.")
+        for tensor in ("weight_scale", "input_scale", "output_scale"):
+            values = getattr(module, tensor, None)
+            if values is not None and not bool((torch.isfinite(values) & (values >= 0)).all()):
+                raise ValueError(f"from_pretrained: expected {name}.{tensor} finite and at least 0. Got others.")
