@@ -7,8 +7,8 @@ Under the name of each linear layer [N, K] of the encoder there stand, beside `w
     bias_integer           fp32 [N]      round(bias / (fc_scaling_factor * the input's factor))
 
 under that of each table `weight_integer` and `weight_scaling_factor` [1], and under that of each place where
-activations are rounded (`query_activation`, `pre_intermediate_act`, ...) `x_min`, `x_max` and `act_scaling_factor` [1] =
-max(|x_min|, |x_max|) / 127. The integers are made anew from weights and ranges at every run, so those count where the
+activations are rounded (`query_activation`, `pre_intermediate_act`, ...) `x_min`, `x_max` and `act_scaling_factor`,
+max(|x_min|, |x_max|) / 127, each [1]. The integers are made anew from weights and ranges at every run, so those count where the
 file has them; the integers, where it lacks the weights. `quant_mode` of config.json says whether the model computes so.
 
 Loaded as a RoBERTa whose linears and tables are bertkern.nn's int8 modules: the same codes, the same steps, and
@@ -168,12 +168,12 @@ def _floats(
         others = [name for name in tied if name.rpartition(".")[0] not in made]
         if inside is None or others:
             given = [name for name in tied if name in checked] or tied[:1]
-            if inside is not None and given == tied[:1] and given[0] not in checked:
+            if inside is not None and given[0] not in checked:
                 codes, scale, _ = tables[inside.rpartition(".")[0]]
-                found = codes.float() * scale
-            else:
-                found = [checked.take(name, model.get_parameter(name).shape) for name in given][0]
-            state |= dict.fromkeys(others, found)
+                state |= dict.fromkeys(others, codes.float() * scale)
+                continue
+            for name in given:
+                state |= dict.fromkeys(others, checked.take(name, model.get_parameter(name).shape))
     checked.pass_over(*(f"{name}.weight" for name in made), *(f"{name}.bias" for name in made))
     return state
 
