@@ -8,8 +8,9 @@ Under the name of each linear layer [N, K] of the encoder there stand, beside `w
 
 under that of each table `weight_integer` and `weight_scaling_factor` [1], and under that of each place where
 activations are rounded (`query_activation`, `pre_intermediate_act`, ...) `x_min`, `x_max` and `act_scaling_factor`,
-max(|x_min|, |x_max|) / 127, each [1]. The integers are made anew from weights and ranges at every run, so those count where the
-file has them; the integers, where it lacks the weights. `quant_mode` of config.json says whether the model computes so.
+max(|x_min|, |x_max|) / 127, each [1]. The integers are made anew from weights and ranges at every run, so those count
+where the file has them; the integers, where it lacks the weights. `quant_mode` of config.json says whether the model
+computes so.
 
 Loaded as a RoBERTa whose linears and tables are bertkern.nn's int8 modules: the same codes, the same steps, and
 queries, keys and values rounded to 8 bits. GELU, softmax and LayerNorm are the exact ones, not I-BERT's polynomials on

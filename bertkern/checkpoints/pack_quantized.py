@@ -144,7 +144,8 @@ def _zeros(
         return torch.full([1] if one else [n, groups], float(middle))
     name, held = f"{prefix}weight_zero_point", given["weight_zero_point"]
     if held.dtype == torch.int8:
-        signed = checked.take(name, list(held.shape) if one and held.numel() == 1 else [n, groups], torch.int8)
+        shape = list(held.shape) if one and held.numel() == 1 else [n, groups]
+        signed = checked.take(name, shape, torch.int8).int()
         if not bool(((signed >= -middle) & (signed < middle)).all()):
             checked.wrong(f"expected {name} in [{-middle}, {middle}). Got {int(signed.min())} to {int(signed.max())}.")
         return signed.float() + middle

@@ -45,7 +45,7 @@ def find_grid(weight: Tensor, exact: bool = True) -> GroupwiseWeight | None:
 
     Args:
         weight: [N, K], fp32, bf16 or fp16. Of half-precision ones steps must stand out of the rounding: up to about 4
-            bits of bf16, 6 of fp16.
+            bits of bf16 and 6 of fp16, one less in short runs.
         exact: whether `dequantize(weight.dtype)` must equal weight bit for bit, but for the sign of zeros. Else it may
             differ by 4 eps of the group's largest value, as after dividing by a scale instead of multiplying.
 
@@ -188,13 +188,13 @@ def _joined(fits: Iterator[_Fit | None]) -> _Fit | None:
 
 def _fit(values: Tensor, exact: bool) -> _Fit | None:
     """The grids of groups [G, E], or None where one group is on none."""
-    points = _distinct(values)
+    points = _distinct(values, exact)
     if points is None:
         return None
     v = points.double()
     low, high = torch.aminmax(v, dim=1)
     noise = _noise(low, high, values.dtype)
-    step = _step(v, low, high, noise)
+    step = _step(v, low, high, noise, exact)
     if step is None:
         return None
     codes = ((v - low[:, None]) / step[:, None]).round_()
@@ -218,7 +218,7 @@ def _fit(values: Tensor, exact: bool) -> _Fit | None:
     return None
 
 
-def _distinct(values: Tensor) -> Tensor | None:
+def _distinct(values: Tensor, exact: bool) -> Tensor | None:
     """The different values of each group [G, E], [G, P], or all of them where there are few; None where one group has
     more than a grid."""
     low, high = (end.float() for end in torch.aminmax(values, dim=1))
@@ -230,7 +230,7 @@ def _distinct(values: Tensor) -> Tensor | None:
     noise = _noise(ends[:, 0], ends[:, 1], values.dtype)
     # Some values tell the step; where they were no good sample, all of them do.
     for stride in (values.shape[1] // _LEVELS, 1):
-        step = _step(torch.cat([values[:, ::stride].double(), ends], 1), ends[:, 0], ends[:, 1], noise)
+        step = _step(torch.cat([values[:, ::stride].double(), ends], 1), ends[:, 0], ends[:, 1], noise, exact)
         if step is None:
             return None
         codes = ((values.float() - low[:, None]) / step.float()[:, None]).round_().long()
@@ -244,13 +244,15 @@ def _noise(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     return _ROUNDING * torch.finfo(dtype).eps * torch.maximum(-low, high).abs()
 
 
-def _step(v: Tensor, low: Tensor, high: Tensor, noise: Tensor) -> Tensor | None:
+def _step(v: Tensor, low: Tensor, high: Tensor, noise: Tensor, exact: bool) -> Tensor | None:
     """The step of each group, float64 [G]; None where one has no step or more than 255 of them. Of groups of one value
     it is that value's size."""
     spread, size = high - low, torch.maximum(-low, high).abs()
     some = v[:, :: max(1, v.shape[1] // _LEVELS)].sort(dim=1).values
-    # Of gaps that are alike, the one between the smallest values has the least rounding in it.
-    blur = torch.maximum(some[:, 1:].abs(), some[:, :-1].abs()) * (noise / torch.where(size > 0, size, 1.0))[:, None]
+    # Of gaps that are alike, the one between the smallest values has the least rounding in it; unless an offset was
+    # added last.
+    share = torch.maximum(some[:, 1:].abs(), some[:, :-1].abs()) / torch.where(size > 0, size, 1.0)[:, None]
+    blur = noise[:, None] * (share if exact else torch.ones_like(share))
     gaps = some.diff(dim=1)
     gaps = torch.where(gaps > blur, gaps + blur, float("inf"))
     step, error = spread.clone(), noise.clone()

@@ -111,7 +111,7 @@ def test_model(later, file, tmp_path):
 
 
 def test_float_by_the_file(tmp_path):
-    model, rounded = exported(tmp_path, "Model", quantize_activation=False)
+    exported(tmp_path, "Model", quantize_activation=False)
     loaded = load_checkpoint(tmp_path)
     assert isinstance(loaded, transformers.BertModel) and loaded.encoder.layer[0].output.dense.activation == "float"
     assert "int5" in str(bk.report(loaded))
