@@ -30,15 +30,19 @@ SIZES = {
 def trained(head="ForSequenceClassification", **config):
     """An I-BERT whose ranges have seen batches, and whose integers were made in a run."""
     torch.manual_seed(0)
-    model = getattr(transformers, f"IBert{head}")(transformers.IBertConfig(**SIZES, quant_mode=True, **config))
+    sizes = {**SIZES, "num_labels": 2 if head == "ForQuestionAnswering" else 3}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    settings = transformers.IBertConfig(**sizes, **dropout, quant_mode=True, **config)
+    model = getattr(transformers, f"IBert{head}")(settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
             elif "LayerNorm.weight" in name:
                 parameter.fill_(1.0)
-    for mode in (model.train(), model.train(), model.eval()):
-        mode(**inputs(model, padding=False))
+    with torch.no_grad():
+        for training in (True, True, False):
+            model.train(training)(**inputs(model, padding=False))
     return model
 
 
