@@ -4,7 +4,8 @@ Under the name of each linear layer [N, K] of the encoder there stand, beside `w
 
     weight_integer         fp32 [N, K]   codes, whole numbers in [-127, 126]
     fc_scaling_factor      fp32 [N]      of each output: max|w| / 127
-    bias_integer           fp32 [N]      round(bias / (fc_scaling_factor * the input's factor))
+    bias_integer           fp32 [N]      round(bias / (fc_scaling_factor * the input's factor)); transformers takes for
+                                         queries, keys and values of all layers the factor of the embeddings
 
 under that of each table `weight_integer` and `weight_scaling_factor` [1], and under that of each place where
 activations are rounded (`query_activation`, `pre_intermediate_act`, ...) `x_min`, `x_max` and `act_scaling_factor`,
@@ -111,16 +112,20 @@ def load(path: Path, *, model_class: type[PreTrainedModel] | None = None, quanti
             module = model.get_submodule(name)
             codes, scale = _codes(checked, name, module, "weight_scaling_factor")
             tables[name] = codes, scale, module.padding_idx
-        before = f"{base}embeddings.output_activation"
+        first = before = f"{base}embeddings.output_activation"
+        steps: dict[str, Tensor | None] = {}
         for layer in range(model.config.num_hidden_layers):
             prefix = f"{base}encoder.layer.{layer}."
             for name, (source, target) in LINEARS.items():
-                source = before if source is None else prefix + source
-                step = _step(checked, source)
-                out = None if target is None else _step(checked, prefix + target)
+                places = (before, first) if source is None else (prefix + source,) * 2
+                places = (*places, None if target is None else prefix + target)
+                for place in {*places} - {*steps}:
+                    steps[place] = None if place is None else _step(checked, place)
+                step, of_bias, out = (steps[place] for place in places)
                 if step is None:
                     unseen.append(prefix + name)
-                linears[prefix + name] = _linear(checked, prefix + name, model.get_submodule(prefix + name), step, out)
+                module = model.get_submodule(prefix + name)
+                linears[prefix + name] = _linear(checked, prefix + name, module, step, of_bias, out)
             before = f"{prefix}output.output_activation"
     floats = _floats(model, checked, tables, {*linears, *tables})
     checked.pass_over(*(name for name in checked.names() if name.endswith(_BUFFERS)))
@@ -206,20 +211,26 @@ def _codes(checked: CheckedTensors, name: str, module: nn.Module, factor: str) -
 
 
 def _linear(
-    checked: CheckedTensors, name: str, module: nn.Linear, step: Tensor | None, out: Tensor | None
+    checked: CheckedTensors,
+    name: str,
+    module: nn.Linear,
+    step: Tensor | None,
+    of_bias: Tensor | None,
+    out: Tensor | None,
 ) -> Int8Parts:
+    """A linear whose input, bias and output are rounded in these steps; None: not at all."""
     codes, scale = _codes(checked, name, module, "fc_scaling_factor")
+    unit = None if of_bias is None else scale.double() * of_bias.double()
     if f"{name}.bias" in checked:
         bias = checked.take(f"{name}.bias", [module.out_features]).float()
-        if step is not None:
-            bias = (bias.double() / (scale.double() * step.double())).round() * scale.double() * step.double()
-            bias = bias.float()
+        if unit is not None:
+            bias = ((bias.double() / unit).round() * unit).float()
     else:
         whole = checked.take(f"{name}.bias_integer", [module.out_features], torch.float32)
-        if step is None:
+        if unit is None:
             checked.wrong(f"expected {name}.bias, or a range of its inputs beside bias_integer. Got neither.")
-            step = torch.ones(())
-        bias = (whole.double() * scale.double() * step.double()).float()
+            unit = scale.double()
+        bias = (whole.double() * unit).float()
     zero = torch.zeros(())
     return Int8Parts(codes, scale, bias, zero if step is None else step, zero if out is None else out)
 

@@ -187,7 +187,7 @@ def _no_weights(then):
         (_at(f"{QUERY}.weight", _first(float("nan"))), "query.weight to be finite"),
         (_at(f"{QUERY}.weight", lambda t: t[1:]), r"query.weight of shape \[48, 48\]. Got \[47, 48\]"),
         (_at(f"{QUERY}.weight_integer", lambda t: t.flip(0)), "query.weight_integer to be the codes of"),
-        (_at(f"{ACT}.x_min", _first(9e9)), "pre_output_act.x_min of at most x_max. Got 9"),
+        (_at(f"{ACT}.x_min", _first(9e9)), "pre_output_act.x_min of at most x_max. Got 8"),
         (_at(f"{ACT}.x_max", _first(float("inf"))), "pre_output_act.x_max to be finite"),
         (_at(f"{ACT}.x_max", lambda t: t.expand(2)), "pre_output_act.x_max of shape"),
         (_no_weights(_at(f"{QUERY}.weight_integer", _first(127.0))), "whole numbers in .-127, 126.. Got .* to 127.0"),
