@@ -43,6 +43,7 @@ _SURFACE = {
     "Int8Config": "config",
     "GroupwiseConfig": "config",
     "inspect": "inspect",
+    "grids": "on_grid",
     "report": "reports",
     "Report": "reports",
     "cpu_isa": "ops",

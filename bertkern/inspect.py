@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from . import plan, shrink
 from .config import Int8Config
-from .inspection import Inspection, Layer, Matrix, Totals
+from .formats.grids import DTYPES as GRID_DTYPES
+from .formats.grids import grid_of
+from .inspection import Grid, Inspection, Layer, Matrix, Totals
 from .nn.int8 import finite
 from .reports import float_name
 from .schemes import scheme_of
@@ -19,14 +21,15 @@ from .structure import BLOCKS, Blocks, Structure, structure
 from .surgery import family_tables
 from .tuning import MARGIN, cost
 
-__all__ = ["BLOCKS", "Inspection", "Layer", "Matrix", "Totals", "estimate", "inspect"]
+__all__ = ["BLOCKS", "Grid", "Inspection", "Layer", "Matrix", "Totals", "estimate", "inspect"]
 
 
 def inspect(model: nn.Module) -> Inspection:
     """The structure of `model`: zeros of every linear layer and embedding table, dead heads and units, and the gain.
 
-    Also says what `quantize_` would make of each linear layer. Changes nothing. A dead row is an output that is always
-    its bias, a dead column an input that is never read. Under torch.nn.utils.prune, the masked weights are looked at.
+    Also says which matrices lie on grids of few bits, as fake-quantized ones do (`bertkern.grids` packs them), and what
+    `quantize_` would make of each linear layer. Changes nothing. A dead row is an output that is always its bias, a
+    dead column an input that is never read. Under torch.nn.utils.prune, the masked weights are looked at.
 
     Args:
         model: any module; dead heads and units are found in transformers models of known families.
@@ -43,7 +46,7 @@ def inspect(model: nn.Module) -> Inspection:
     found, left = shrink.find(model)
     slices = shrink.slices(model, found)
     rows: list[Matrix] = []
-    counted: dict[Any, tuple[str, Structure]] = {}
+    counted: dict[Any, tuple[str, Structure, Grid | None]] = {}
     odd, zeros, weights = [], 0, 0
     for name, module in model.named_modules():
         scheme = scheme_of(module)
@@ -67,16 +70,16 @@ def inspect(model: nn.Module) -> Inspection:
         linear = not isinstance(module, nn.Embedding if scheme is None else scheme.table)
         identity, same_as = _identity(module), ""
         if identity in counted:
-            same_as, pattern = counted[identity]
+            same_as, pattern, grid = counted[identity]
         else:
-            pattern = structure(weight)
-            counted[identity] = name, pattern
+            pattern, grid = structure(weight), None if scheme is not None else _grid(weight)
+            counted[identity] = name, pattern, grid
             weights, zeros = weights + weight.numel(), zeros + round(pattern.zeros * weight.numel())
             if scheme is None and not finite(weight):
                 odd.append(name)
         times = _times(weight, pattern.densities, slices.get(name)) if linear else None
         pruned = plan.pruned_by_hook(module)
-        rows.append(Matrix(*about, **pattern._asdict(), pruned=pruned, same_as=same_as, times=times))
+        rows.append(Matrix(*about, **pattern._asdict(), pruned=pruned, same_as=same_as, times=times, grid=grid))
     layers = [
         Layer(n, f.heads, f.dead_heads, f.units, len(f.dead_units), len(f.foldable_units)) for n, f in found.items()
     ]
@@ -119,6 +122,20 @@ def _times(weight: Tensor, densities: Mapping[str, float], cut: tuple[int, Tenso
         left = weight.index_select(dim, kept.to(weight.device))
         densities = Blocks((left != 0).view(torch.uint8)).densities([(1, 1), (1, 4), (16, 4)])
     return {dtype: share * estimate(densities, dtype) for dtype in ("fp32", "int8")}
+
+
+def _grid(weight: Tensor) -> Grid | None:
+    """The grids that `weight` lies on; zeros alone are none."""
+    if weight.dtype not in GRID_DTYPES or not bool(weight.any()):
+        return None
+    found = grid_of(weight, exact=False)
+    if found is None:
+        return None
+    exact = grid_of(weight)
+    kept = exact or found
+    shared = kept.axis == "k" and kept.scale.shape[0] == 1
+    widths = tuple(sorted(set(kept.bits.tolist())))
+    return Grid(widths, kept.axis, kept.groups, kept.group_size, shared, exact is not None)
 
 
 def _identity(module: nn.Module) -> Any:

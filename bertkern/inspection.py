@@ -15,6 +15,32 @@ _FULL = 0.8
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The grids that a matrix's values lie on, so that they pack without loss; see `bertkern.grids`.
+
+    Attributes:
+        bits: widths of the groups, each once, ascending.
+        axis: "n" or "k", along which groups are runs.
+        groups: how many there are along it.
+        group_size: neighbours in a group.
+        shared: along "k": whether all rows share the groups' scales.
+        exact: whether the packed form gives the matrix bit for bit; else to rounding.
+    """
+
+    bits: tuple[int, ...]
+    axis: str
+    groups: int
+    group_size: int
+    shared: bool
+    exact: bool
+
+    def __str__(self) -> str:
+        count = f"{self.groups} group{'s' * (self.groups != 1)} along {self.axis}"
+        ending = (", shared by rows" if self.shared else "") + ("" if self.exact else ", to rounding")
+        return f"{'/'.join(map(str, self.bits))} bits, {count}{ending}"
+
+
+@dataclass(frozen=True)
 class Matrix(Row):
     """One matrix [N, K]: rows are outputs, columns inputs. What is None was not counted: no values, or no entries.
 
@@ -32,6 +58,7 @@ class Matrix(Row):
         same_as: the row that counts the same weights; they count once.
         times: time of a linear layer by the best of bertkern's kernels as a share of its dense one, of what is left
             without dead heads and units; see `estimate`.
+        grid: of a floating-point matrix that lies on one.
     """
 
     zeros: float | None = None
@@ -43,6 +70,7 @@ class Matrix(Row):
     pruned: bool = False
     same_as: str = ""
     times: Mapping[str, float] | None = None
+    grid: Grid | None = None
 
     @property
     def structure(self) -> str:
@@ -127,6 +155,8 @@ class Inspection(Report):
             values["patterns"] = list(row.patterns)
             if row.block is not None:
                 values["block"] = list(row.block)
+            if row.grid is not None:
+                values["grid"]["bits"] = list(row.grid.bits)
         layers = [{**asdict(layer), "dead_heads": list(layer.dead_heads)} for layer in self.layers]
         return {**made, "layers": layers, "totals": None if self.totals is None else asdict(self.totals)}
 
@@ -154,9 +184,12 @@ class Inspection(Report):
 
     def _tables(self) -> list[tuple[list[str], list[list[str]]]]:
         head = ["module", "count", "shape", "zeros", "dead rows", "dead columns", "structure", "density"]
-        head, rows = [*head, "fp32 gain", "int8 gain", "runs as", "why"], _grouped(self.rows)
-        if not any(row[-1] for row in rows):
-            head, rows = head[:-1], [row[:-1] for row in rows]
+        head, rows = [*head, "on a grid", "fp32 gain", "int8 gain", "runs as", "why"], _grouped(self.rows)
+        # Columns that would say nothing.
+        for column in ("on a grid", "why"):
+            at = head.index(column)
+            if not any(row[at] for row in rows):
+                head, rows = head[:at] + head[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
         made = [(head, rows)]
         lossy = [layer for layer in self.layers if layer.dead_heads or layer.dead_units or layer.foldable_units]
         if lossy:
@@ -197,6 +230,7 @@ def _grouped(rows: Iterable[Matrix]) -> list[list[str]]:
             _span([row.dead_columns for row in counted], str),
             _words([row.structure for row in counted]),
             _span(blocks, _percent),
+            _words([str(row.grid) if row.grid else "none" for row in counted] if any(r.grid for r in counted) else []),
             *(_span([1 / times[dtype] for times in timed], "{:.1f}x".format) for dtype in ("fp32", "int8")),
         ]
         lines.append([name, str(len(members)), shape, *cells, runs, why])

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import bertkern as bk
+from bertkern.formats.groupwise import quantize_groupwise
 from bertkern.inspect import BLOCKS, Inspection, estimate
 
 from .families.zoo import FAMILIES, make
@@ -313,3 +314,37 @@ def test_the_estimate_knows_where_nothing_is_gained():
     assert time(0.98, "int8", "16x4") == 1
     with pytest.raises(ValueError, match="estimate: expected dtype fp32 or int8"):
         estimate({"1x1": 1.0, "1x4": 1.0, "16x4": 1.0}, "fp64")
+
+
+def test_grids_that_weights_lie_on():
+    model = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48), nn.Linear(48, 64), nn.Embedding(40, 48))
+    with torch.no_grad():
+        model[0].weight.copy_(quantize_groupwise(model[0].weight, 4, 6).dequantize())
+        made = quantize_groupwise(model[1].weight, 3, 12, "k", shared=True)
+        # Divided instead of multiplied: no longer bit for bit.
+        scale, zero = made.spread(made.scale), made.spread(made.zeros())
+        model[1].weight.copy_((made.unpacked() - zero) / (1 / scale))
+        model[3].weight.copy_(quantize_groupwise(model[3].weight, 8, 40).dequantize())
+    found = bk.inspect(model)
+    words = [str(row.grid) if row.grid else None for row in found.rows]
+    assert words == [
+        "4 bits, 16 groups along n",
+        "3 bits, 8 groups along k, shared by rows, to rounding",
+        None,
+        "8 bits, 1 group along n",
+    ]
+    made = json.loads(json.dumps(found.to_dict()))["rows"]
+    assert made[2]["grid"] is None
+    assert made[0]["grid"] == {
+        "bits": [4],
+        "axis": "n",
+        "groups": 16,
+        "group_size": 6,
+        "shared": False,
+        "exact": True,
+    }
+    assert "on a grid" in str(found) and "4 bits, 16 groups along n" in str(found)
+    # Nothing is said where there is nothing to say: zeros alone, int8 codes, other matrices.
+    model[0].weight.data.zero_()
+    assert "on a grid" not in str(bk.inspect(nn.Sequential(model[0], nn.Linear(8, 8))))
+    assert all(row.grid is None for row in bk.inspect(bk.quantize_(nn.Sequential(nn.Linear(8, 8)))).rows)

@@ -13,13 +13,21 @@ from .block_sparse import BLOCK_SPARSE, bsr_from_block_sparse
 from .compressed_tensors import COMPRESSED_TENSORS
 from .dense import DENSE
 from .format import CheckpointFormat
+from .gptq import GPTQ
+from .ibert import IBERT
+from .pack_quantized import PACK_QUANTIZED
 from .pruned_heads import PRUNED_HEADS
+from .qbert import QBERT
 
 # The first that recognises a path has it: the general ones come last.
 FORMATS: tuple[CheckpointFormat, ...] = (
     nlp_architect.INT8,
     nlp_architect.TRAINING,
     COMPRESSED_TENSORS,
+    PACK_QUANTIZED,
+    GPTQ,
+    QBERT,
+    IBERT,
     BLOCK_SPARSE,
     PRUNED_HEADS,
     DENSE,
@@ -29,8 +37,9 @@ FORMATS: tuple[CheckpointFormat, ...] = (
 def load_checkpoint(path: str | Path, *, format: str | None = None, **options: Any) -> nn.Module:
     """The model in a checkpoint of another project, in evaluation mode.
 
-    Its int8 layers run on the kernels one by one; `bertkern.accelerate(model)` then fuses the encoder, and makes
-    `save_pretrained` write an int8 model as one of bertkern's.
+    int8 layers run on the kernels one by one; `bertkern.accelerate(model)` then fuses the encoder, and makes
+    `save_pretrained` write an int8 model as one of bertkern's. A model with low-bit weights is what `quantize_` makes
+    of one, and needs no more.
 
     Args:
         path: a checkpoint's folder, or the file of weights in it.

@@ -1,6 +1,7 @@
 """Tensors of a checkpoint, taken out one by one under checks; what is wrong is collected and told at once."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ class CheckedTensors:
             self.wrong(f"expected {name} to be positive. Got {float(tensor.min())}.")
             return stand_in
         return tensor
+
+    def look(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """As `take`, of a tensor that others will ask for, too; it must then be taken or passed over at last."""
+        held = self._left.get(name)
+        found = self.take(name, *args, **kwargs)
+        if held is not None:
+            self._left[name] = held
+        return found
 
     def take_codes(self, name: str, shape: Iterable[int], bits: int = 8) -> Tensor:
         """Symmetric codes of `bits` bits, held as int8: -128 is none."""
