@@ -6,23 +6,24 @@ group g (a single group along N):
 
     y[t, n] = sum_g scale[g, n] * (sum_{k in g} c[n, k] x[t, k]) - sum_g shift[g, n] * R[g, t]
 
-Tensor cores multiply c, which is a small whole number and exact in fp16, bf16 and int8; scales never round a weight.
-Along N scale comes in the epilogue; along K it multiplies the sums of 32 or 64 columns inside the loop. R is summed by a
-pass over x, only where a shift is not 0. int8 activations are x = (a - z[t]) * s[t]; their codes a are multiplied, and
+Tensor cores multiply c, a small whole number that fp16, bf16 and int8 hold exactly; scales never round a weight. Along N
+scale comes in the epilogue; along K it multiplies the sums of 32 or 64 columns inside the loop. R is summed by a pass
+over x, only where a shift is not 0. int8 activations are x = (a - z[t]) * s[t]; their codes a are multiplied, and
 
     y = s[t] * (sum_g scale * (sum c a) - sum_g shift * R' - z[t] * C[n]),  R' = sum of a - z,  C[n] = sum_k scale * c.
 
-Layout. K is cut into strips of 32 columns. Every group along K begins a strip and fills its last one up; along N strip s
-is the columns 32 s .. 32 s + 31. There are S strips, a multiple of 4; what fills up is 0 and meets zeros of x. A code is
-cut into planes of 8, 4, 2 and 1 bits: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1 (the widest plane has the lowest
-bits). A byte of a plane of p bits holds the parts of 8 / p codes of one feature, from strips that follow each other:
+Layout. K is cut into strips of 32 columns. Every group along K begins a strip and fills its last one up; along N strip
+s is the columns 32 s .. 32 s + 31. There are S strips, a multiple of 4; what fills up is 0 and meets zeros of x. A code
+is cut into planes of 8, 4, 2 and 1 bits: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1 (the widest plane has the
+lowest bits). A byte of a plane of p bits holds the parts of 8 / p codes of one feature, from strips that follow each
+other:
 
     plane [ceil(S p / 8)][P][32]    byte (i, n, j): bits p r .. p r + p - 1 are of the code (n, strip i * 8 / p + r, j)
 
-P is the number of features, filled up to 128. So a tile of features is one run of bytes, a shift and a mask make a strip
-of codes in registers, and no code moves between lanes. The planes of a part follow each other, widest first. Features
-(along N) or groups (along K) of equal bits make a part, and a part is a launch; its `members` name them where there are
-several parts. Parts along K leave sums to the ordered pass below.
+P is the number of features, filled up to 128. So a tile of features is one run of bytes, a shift and a mask make a
+strip of codes in registers, and no code moves between lanes. The planes of a part follow each other, widest first.
+Features (along N) or groups (along K) of equal bits make a part, and a part is a launch; its `members` name them where
+there are several parts. Parts along K leave sums to the ordered pass below.
 
 Numerics: a layer's columns are cut into `splits` runs of strips by its shape alone. For few tokens a run is a program
 of its own and a second pass adds the runs in order; for many a program takes all runs and adds them in that order. No
@@ -37,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -64,12 +65,22 @@ def _bytes(plane, tile, pitch, feature):
 
 
 @triton.jit
-def _operand(code, DTYPE: tl.constexpr, BITS: tl.constexpr):
+def _operand(code, DTYPE: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr):
     """Codes less their middle, exactly: whole numbers below 2^23 are the low bits of an fp32 of 2^23 and more."""
-    if DTYPE == tl.int8:
+    if BYTES:
         return (code - (1 << (BITS - 1))).to(tl.int8)
     whole = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
     return whole.to(DTYPE)
+
+
+@triton.jit
+def _dot(w, a, total):
+    if total.dtype == tl.int32:
+        total = tl.dot(w, a, total, out_dtype=tl.int32)
+    else:
+        # Said, though it is of operands in fp32 alone, which only the interpreter has here.
+        total = tl.dot(w, a, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -113,7 +124,7 @@ def _sum_of_strips(
                 code = code | bits << 4 if FOUR else bits
             if ONE:
                 code = code | (one >> strip % 8 & 1) << (BITS - 1)
-            w = _operand(code, OPERAND, BITS)
+            w = _operand(code, OPERAND, INT8, BITS)
             if GROUP:
                 place = strip // EACH
                 k = strip % EACH * 32 + lane
@@ -132,18 +143,13 @@ def _sum_of_strips(
             if GROUP:
                 if j % TOGETHER == 0:
                     part = tl.zeros((BN, BT), SUM)
-                if INT8:
-                    part = tl.dot(w, a, part, out_dtype=tl.int32)
-                else:
-                    part = tl.dot(w, a, part, input_precision="ieee")
+                part = _dot(w, a, part)
                 if j % TOGETHER == TOGETHER - 1:
                     scaled = inside & (column < tl.where(place < held, N, 0))
                     of_group = tl.load(scale + group * N + column, mask=scaled, other=0)
                     total += part.to(tl.float32) * of_group[:, None]
-            elif INT8:
-                total = tl.dot(w, a, total, out_dtype=tl.int32)
             else:
-                total = tl.dot(w, a, total, input_precision="ieee")
+                total = _dot(w, a, total)
     return total
 
 
@@ -332,16 +338,18 @@ def quantize(
 
 
 @triton.jit(do_not_specialize=["T"])
-def sum_groups(x, sums, T, K, group, x_stride, BLOCK: tl.constexpr):
-    """sums [groups, T] of the columns of each group of x [T, K]; one program a row and a group."""
-    row, number = tl.program_id(0), tl.program_id(1)
-    place = x + row.to(tl.int64) * x_stride
+def sum_groups(x, sums, T, K, group, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """sums [groups, T] of the columns of each group of x [T, K]; a program takes ROWS rows of a group."""
+    rows, number = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    place = x + rows.to(tl.int64)[:, None] * x_stride
+    live = rows < T
     lane = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(0, group, BLOCK):
         k = number * group + first + lane
-        total += tl.load(place + k, mask=(first + lane < group) & (k < K), other=0).to(tl.float32)
-    tl.store(sums + number.to(tl.int64) * T + row, tl.sum(total, 0))
+        there = (first + lane < group) & (k < K)
+        total += tl.load(place + k[None, :], mask=live[:, None] & there[None, :], other=0).to(tl.float32)
+    tl.store(sums + number.to(tl.int64) * T + rows, tl.sum(total, 1), mask=live)
 
 
 # --- which tile ----------------------------------------------------------------------------------------------------
@@ -363,27 +371,31 @@ class Tile(NamedTuple):
 
 
 SMALL = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}  # of passes over rows and partial sums
-ADD_ROWS, ADD_FEATURES = 16, 64
+ADD_ROWS, ADD_FEATURES, SUM_ROWS = 16, 64, 8
 
 
-def tile_of(tokens: int) -> Tile:
+def tile_of(tokens: int, group: int, narrow: bool = False) -> Tile:
     """The tile of `multiply`; features are the instruction's rows, so that few tokens waste none of it.
 
-    Decoding a weight costs as much as 64 to 128 tokens' products. From 1,024 tokens on 128 share it.
+    Decoding a weight costs as much as 64 to 128 tokens' products. From 1,024 tokens on 128 share it; 64 beside groups
+    along K, whose sums are held three times, and beside `narrow` loads, whose addresses fill the registers. Which tile
+    it is changes no sum.
     """
+    step, stages = (2, 4) if group else (4, 3)
     if tokens <= 16:
-        return Tile(16, 64, 4, 4, 3)
+        return Tile(16, 64, step, 4, stages)
     if tokens < 1024:
-        return Tile(64, 64, 4, 4, 3)
-    return Tile(128, 128, 2, 8, 3)
+        return Tile(64, 64, step, 4, 3)
+    return Tile(64 if group or narrow else 128, 128, 2, 8, 3)
 
 
-def runs_of(features: int, strips: int) -> tuple[int, int]:
+def runs_of(features: int, strips: int, splits: int | None = None) -> tuple[int, int]:
     """(strips in a run, runs) that a layer's columns are cut into, by its shape alone: so many that 64 features a
     program fill a GPU of 128 multiprocessors, up to 4 and not below 256 columns."""
-    splits = max(1, min(4, 128 // max(1, triton.cdiv(features, 64)), strips // 8))
-    run = triton.cdiv(strips // 4, splits) * 4
-    return run, triton.cdiv(strips, run)
+    if splits is None:
+        splits = min(4, 128 // max(1, triton.cdiv(features, 64)), strips // 8)
+    run = triton.cdiv(strips // 4, max(1, splits)) * 4
+    return run, triton.cdiv(strips, run) if run else 1
 
 
 # --- launchers -----------------------------------------------------------------------------------------------------
@@ -465,9 +477,7 @@ class Codes(NamedTuple):
     sums: Tensor | None
 
 
-def quantize_activations(
-    x: Tensor, groups: int = 0, group: int = 0, step: float = 0.0, zero_point: int = 0
-) -> Codes:
+def quantize_activations(x: Tensor, groups: int = 0, group: int = 0, step: float = 0.0, zero_point: int = 0) -> Codes:
     """Codes of x [..., K] in any float dtype, as `bertkern.ops.linear` rounds them.
 
     Args:
@@ -501,8 +511,18 @@ def groupwise_linear(
     activation: int = 0,
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    *,
+    splits: int | None = None,
+    apart: bool | None = None,
 ) -> Tensor:
-    """activation(x W^T + bias) + residual, [T, N], for x [T, K] fp16, bf16 or codes; bias fp32 [N], residual [T, N]."""
+    """activation(x W^T + bias) + residual, [T, N], for x [T, K] fp16, bf16 or codes.
+
+    Args:
+        bias: fp32 [N].
+        residual: [T, N] in any float dtype.
+        splits: at most so many runs of columns, which decides the order of sums; None: by the layer's shape.
+        apart: whether runs are programs of their own; None: where there are few tokens. It changes no sum.
+    """
     (n, k), groups = weight.shape, weight.scale.shape[0]
     coded = isinstance(x, Codes)
     rows = _rows_of(x.codes if coded else x)
@@ -516,8 +536,8 @@ def groupwise_linear(
         sums = rows.new_empty(groups, tokens, dtype=torch.float32)
         width = weight.group or k
         with _on(rows):
-            sum_groups[(tokens, groups)](
-                rows, sums, tokens, k, width, rows.stride(0), BLOCK=_block(width), **SMALL
+            sum_groups[(triton.cdiv(tokens, SUM_ROWS), groups)](
+                rows, sums, tokens, k, width, rows.stride(0), ROWS=SUM_ROWS, BLOCK=min(256, _block(width)), **SMALL
             )  # fmt: skip
     residual = None if residual is None else _rows_of(residual)
     finish = {
@@ -527,11 +547,13 @@ def groupwise_linear(
         "residual_stride": 0 if residual is None else residual.stride(0), "GROUP": weight.group,
         "ACTIVATION": activation,
     }  # fmt: skip
-    tile, exact = tile_of(tokens), coded and not along_k
+    narrow = k % 16 > 0 or rows.stride(0) % 16 > 0
+    tile, exact = tile_of(tokens, weight.group, narrow), coded and not along_k
     options = {"BT": tile.rows, "BN": tile.features, "STEP": tile.step, "UPCAST": _upcast(rows.dtype), **tile.options}
-    cut = [runs_of(n, weight.part(number)["strips"]) for number in parts]
+    cut = [runs_of(n, weight.part(number)["strips"], splits) for number in parts]
     programs = triton.cdiv(tokens, tile.rows) * triton.cdiv(n, tile.features)
-    apart = (along_k and len(parts) > 1) or (programs < 128 and cut[0][1] > 1)
+    apart = (programs < 128 if apart is None else apart) and cut[0][1] > 1
+    apart = apart or (along_k and len(parts) > 1)
     slots = sum(splits for _, splits in cut) if along_k else cut[0][1]
     partial = rows.new_empty(slots, tokens, n, dtype=torch.int32 if exact else torch.float32) if apart else None
     slot = 0
@@ -553,3 +575,147 @@ def groupwise_linear(
 
 def _upcast(dtype: torch.dtype) -> bool:
     return INTERPRETED and dtype == torch.bfloat16
+
+
+# --- what is compiled ---------------------------------------------------------------------------------------------
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.int32: "i32"}
+# The multiplying instruction of sm_80 and what it takes along the sum; sm_90's names begin with 64 x tokens.
+_MMA = {
+    torch.float16: ("HMMA.16816.F32", 16, ".F32"),
+    torch.bfloat16: ("HMMA.16816.F32.BF16", 16, ".F32.BF16"),
+    torch.int8: ("IMMA.16832.S8.S8", 32, ".S8.S8"),
+}
+_SIZES = (
+    "T", "N", "K", "groups", "features", "held", "strips", "pitch", "run", "splits", "slot", "x_stride",
+    "residual_stride", "y_stride",
+)  # fmt: skip
+_OPTIONAL = {
+    "shift": "*fp32", "sums": "*fp32", "x_scale": "*fp32", "x_zero": "*i32", "column_sum": "*fp32", "bias": "*fp32",
+}  # fmt: skip
+
+
+def _opcodes(dtype: torch.dtype, tile: Tile) -> dict[int, frozenset[str]]:
+    """What each generation multiplies with."""
+    mma, depth, operands = _MMA[dtype]
+    if dtype != torch.int8:
+        names = {80: mma, 90: f"HGMMA.64x{tile.rows}x{depth}{operands}", 100: "UTCHMMA"}
+    else:
+        # Triton knows sm_100's own instruction for int8 from 3.8 on.
+        newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+        names = {80: mma, 90: f"IGMMA.64x{tile.rows}x{depth}{operands}", 100: "UTCIMMA" if newer else mma}
+    return {capability: frozenset({name}) for capability, name in names.items()}
+
+
+def _multiply_entry(
+    dtype: torch.dtype,
+    bits: int,
+    group: int,
+    shape: tuple[int, int, int],
+    *,
+    lacking: tuple[str, ...] = (),
+    ordered: bool = False,
+    partial: bool = False,
+    members: bool = False,
+    activation: int = 1,
+    out: torch.dtype = torch.float16,
+    odd: bool = False,
+) -> Entry:
+    """`lacking`: the tensors that are None. `shape`: the interpreter's problem, whose T decides the tile."""
+    tile, coded = tile_of(shape[0], group, odd), dtype == torch.int8
+    if partial:
+        out = torch.int32 if coded and not group else torch.float32
+    lacking = (*lacking, *(() if coded else ("x_scale", "x_zero", "column_sum")))
+    pointers = {name: kind for name, kind in _OPTIONAL.items() if name not in lacking}
+    if "residual" not in lacking:
+        pointers["residual"] = f"*{TYPES[torch.float16 if partial else out]}"
+    pointers |= {"x": f"*{TYPES[dtype]}", "codes": "*u8", "scale": "*fp32", "y": f"*{TYPES[out]}"}
+    none = dict.fromkeys(lacking) | ({} if members else {"members": None})
+    aligned = ("N", "K", "features", "pitch", "x_stride", "residual_stride", "y_stride")
+    return Entry(
+        name=f"multiply-{TYPES[dtype]}-{bits}{f'k{group}' if group else 'n'}-{tile.rows}x{tile.features}"
+        + "".join(f"-{word}" for word, said in
+                  (("ordered", ordered), ("partial", partial), ("members", members), ("odd", odd)) if said),
+        function=multiply,
+        signature={**pointers, **({"members": "*i32"} if members else {}), **dict.fromkeys(_SIZES, "i32")},
+        constexprs={
+            **none,
+            "BT": tile.rows, "BN": tile.features, "STEP": tile.step, "BITS": bits, "GROUP": group, "ORDERED": ordered,
+            "PARTIAL": partial, "ACTIVATION": activation, "UPCAST": _upcast(dtype),
+        },
+        options=tile.options,
+        aligned=(*pointers, *(("pitch",) if odd else aligned)),
+        opcodes=_opcodes(dtype, tile),
+        shapes=(shape,),
+        fetches_ahead=not odd,
+    )  # fmt: skip
+
+
+def _pass_entries() -> list[Entry]:
+    """The passes beside the products: nothing in them multiplies on tensor cores."""
+    none = dict.fromkeys((80, 90, 100), frozenset())
+    common = {"options": SMALL, "opcodes": none, "shapes": (), "fetches_ahead": False}
+    finish = {"scale": "*fp32", **_OPTIONAL, "residual": "*bf16", "y": "*bf16"}
+    sizes = dict.fromkeys(("T", "N", "groups", "slots", "residual_stride", "y_stride"), "i32")
+    made = [
+        Entry(
+            name=f"add_in_order-{kind}",
+            function=add_in_order,
+            signature={**finish, "partial": f"*{kind}", **sizes},
+            constexprs={"BT": ADD_ROWS, "BN": ADD_FEATURES, "GROUP": 0 if kind == "i32" else 64, "ACTIVATION": 2},
+            aligned=(*finish, "partial", "N", "residual_stride", "y_stride"),
+            **common,
+        )
+        for kind in ("i32", "fp32")
+    ]
+    sizes = dict.fromkeys(("T", "K", "groups", "group", "x_stride", "code_stride", "static_zero"), "i32")
+    rows = {"scale": "*fp32", "zero": "*i32", "sums": "*fp32", "codes": "*i8", "x": "*fp32"}
+    made.append(
+        Entry(
+            name="quantize-fp32",
+            function=quantize,
+            signature={**rows, **sizes, "step": "fp32"},
+            constexprs={"BLOCK": 64, "OWN": True, "STATIC": False},
+            aligned=(*rows, "K", "x_stride", "code_stride"),
+            **common,
+        )
+    )
+    made.append(
+        Entry(
+            name="sum_groups-bf16",
+            function=sum_groups,
+            signature={"x": "*bf16", "sums": "*fp32", **dict.fromkeys(("T", "K", "group", "x_stride"), "i32")},
+            constexprs={"ROWS": SUM_ROWS, "BLOCK": 256},
+            aligned=("x", "sums", "K", "x_stride"),
+            **common,
+        )
+    )
+    return made
+
+
+def _table() -> tuple[Entry, ...]:
+    half, bfloat, codes = torch.float16, torch.bfloat16, torch.int8
+    plain = ("shift", "sums", "residual")
+    symmetric = (*plain, "x_zero", "column_sum")
+    return (
+        _multiply_entry(half, 4, 0, (5, 80, 512), lacking=plain, partial=True, activation=0),
+        _multiply_entry(half, 4, 0, (1030, 144, 528), ordered=True),
+        _multiply_entry(bfloat, 3, 0, (20, 80, 160), out=bfloat),
+        _multiply_entry(half, 4, 0, (17, 160, 96), members=True, lacking=("bias", "residual")),
+        _multiply_entry(half, 2, 64, (3, 80, 528), partial=True, activation=0),
+        _multiply_entry(half, 4, 128, (1025, 80, 640), ordered=True),
+        _multiply_entry(bfloat, 7, 24, (33, 80, 96), out=bfloat),
+        _multiply_entry(bfloat, 8, 32, (33, 80, 608), members=True, partial=True, activation=0),
+        _multiply_entry(codes, 4, 0, (16, 80, 528), partial=True, activation=0, lacking=symmetric),
+        _multiply_entry(codes, 3, 0, (1024, 80, 160), activation=4, out=torch.float32),
+        _multiply_entry(codes, 2, 64, (19, 80, 1040), ordered=True, activation=3),
+        _multiply_entry(codes, 8, 32, (1, 80, 96), out=bfloat, activation=5),
+        _multiply_entry(codes, 5, 0, (31, 37, 101), out=torch.float32, odd=True),
+        _multiply_entry(bfloat, 6, 37, (1031, 37, 101), out=bfloat, odd=True),
+        _multiply_entry(half, 7, 0, (1031, 37, 101), odd=True),
+        *_pass_entries(),
+    )
+
+
+# Each kernel's forms as the launchers choose them: all bits, both axes, every tile, runs and parts.
+TABLE = _table()

@@ -52,7 +52,9 @@ class GroupwisePlanes:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that the kernels read."""
-        return sum(x.nbytes for x in (*self.codes, *self.members, self.scale, self.shift, self.column_sum) if x is not None)
+        return sum(
+            x.nbytes for x in (*self.codes, *self.members, self.scale, self.shift, self.column_sum) if x is not None
+        )
 
 
 def widths_of(bits: int) -> list[tuple[int, int]]:

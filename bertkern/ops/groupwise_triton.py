@@ -153,10 +153,7 @@ def _rounded(x: Tensor, step: float, zero_point: int) -> Tensor:
         size = torch.maximum(-low, high) * (1 / 127)
     size = torch.where(size < torch.finfo(torch.float32).tiny, 1.0, size)
     inverse = 1 / size
-    if own:
-        zero = (-low * inverse).round().clamp(max=255)
-    else:
-        zero = torch.full_like(low, zero_point or 128)
+    zero = (-low * inverse).round().clamp(max=255) if own else torch.full_like(low, zero_point or 128)
     symmetric = not own and zero_point in (0, 128)
     least, most = (-127.0, 127.0) if symmetric else (-zero, 255 - zero)
     codes = torch.maximum(torch.minimum((x * inverse).round(), torch.as_tensor(most)), torch.as_tensor(least))
@@ -214,9 +211,7 @@ def _launch(found: ModuleType, call: _Call) -> Tensor:
     operand = x
     if call.quantized:
         groups = (call.scale.shape[0], call.group or k) if call.shift is not None else ()
-        operand = found.quantize_activations(
-            x, *groups, step=call.input_scale, zero_point=call.input_zero_point
-        )
+        operand = found.quantize_activations(x, *groups, step=call.input_scale, zero_point=call.input_zero_point)
     residual = None if call.residual is None else call.residual.reshape(-1, n) if n else None
     y = found.groupwise_linear(operand, weight, call.bias, call.activation, residual, call.out_dtype)
     return y.view(*x.shape[:-1], n)
