@@ -6,8 +6,8 @@ group g (a single group along N):
 
     y[t, n] = sum_g scale[g, n] * (sum_{k in g} c[n, k] x[t, k]) - sum_g shift[g, n] * R[g, t]
 
-Tensor cores multiply c, a small whole number that fp16, bf16 and int8 hold exactly; scales never round a weight. Along N
-scale comes in the epilogue; along K it multiplies the sums of 32 or 64 columns inside the loop. R is summed by a pass
+Tensor cores multiply c, a small whole number that fp16, bf16 and int8 hold exactly; scales never round a weight. Along
+N scale comes in the epilogue; along K it multiplies the sums of 32 or 64 columns inside the loop. R is summed by a pass
 over x, only where a shift is not 0. int8 activations are x = (a - z[t]) * s[t]; their codes a are multiplied, and
 
     y = s[t] * (sum_g scale * (sum c a) - sum_g shift * R' - z[t] * C[n]),  R' = sum of a - z,  C[n] = sum_k scale * c.

@@ -150,18 +150,18 @@ def apart_as_together() -> None:
         source = torch.float32 if dtype == torch.int8 else dtype
         x = torch.randn(70, 1100).to(source)
         found = []
-        for splits in (1, 2, 4):
+        for splits in (1, 4):
             operand, _ = activations(x, weight, dtype)
             together = kernels.groupwise_linear(operand, weight, splits=splits, apart=False)
             assert torch.equal(kernels.groupwise_linear(operand, weight, splits=splits, apart=True), together)
-            # The interpreter's float products depend on the tile, int8 ones do not.
-            for rows in (slice(0, 1), slice(5, 21), slice(69, 70)) if dtype == torch.int8 else (slice(3, 70),):
+            # The interpreter's float products depend on the tile and a row's place in it, int8 ones do not.
+            for rows in (slice(0, 1), slice(5, 21), slice(69, 70)) if dtype == torch.int8 else (slice(0, 50),):
                 operand, _ = activations(x[rows], weight, dtype)
                 assert torch.equal(kernels.groupwise_linear(operand, weight, splits=splits), together[rows])
             found.append(together)
         if dtype == torch.int8 and axis == "n":
             # Whole numbers: exact in any order.
-            assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+            assert torch.equal(*found)
 
 
 def large_tiles() -> None:
