@@ -14,9 +14,11 @@ from .. import ops
 from ..config import GroupwiseConfig
 from ..formats.groupwise import GroupwiseWeight, expect_bits, group_count, read_rows, table_rows
 from ..formats.rounding import round_weight
+from ..ops.groupwise_planes import GroupwisePlanes, pack_for_triton
+from ..ops.groupwise_triton import groupwise_linear_cuda
 from .int8 import finite, input_step
 from .linear import FLOATS
-from .packing import PackedCache, lean, version
+from .packing import Copy, PackedCache, lean, version
 
 _linear = lean(torch.ops.bertkern.linear.default)
 CODES = "weight_codes"
@@ -156,7 +158,9 @@ class GroupwiseLinear(_GroupwiseWeight):
 
     Training mode, other devices and gradients use the dequantized weight and leave activations as they are. Once it has
     run on the CPU the layer holds its codes in the kernels' order alone: `weight_codes` and the state dict make them
-    anew, so what is changed in place in the tensor that comes back is lost; assign it instead.
+    anew, so what is changed in place in the tensor that comes back is lost; assign it instead. On CUDA the layer holds
+    them twice, as they are and in the order of the kernels of `groupwise_linear_cuda`, which are made at the first
+    call; only after it can torch.compile trace the layer in one graph.
 
     Buffers:
         weight_codes, weight_scale, weight_zero, weight_bits: see `bertkern.formats.GroupwiseWeight`.
@@ -180,6 +184,7 @@ class GroupwiseLinear(_GroupwiseWeight):
     # The float module that this one replaces, in a tuple to stand outside the module tree.
     original: tuple[nn.Linear] | None = None
     dtype: torch.dtype = torch.float32
+    _planes: Copy | None = None
 
     def __init__(
         self,
@@ -277,9 +282,54 @@ class GroupwiseLinear(_GroupwiseWeight):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or not x.is_cpu or x.dtype not in FLOATS:
+        if self.training or x.dtype not in FLOATS or not (x.is_cpu or x.is_cuda):
             return self._plain(x)
+        if x.is_cuda:
+            return self._by_planes(x)
         return _linear(x, self.packed(), self.out_features)
+
+    def _by_planes(self, x: Tensor) -> Tensor:
+        """What `forward` gives on CUDA."""
+        planes, options = self.planes()
+        return groupwise_linear_cuda(x, planes, self.bias, **options)
+
+    def planes(self) -> tuple[GroupwisePlanes, dict[str, Any]]:
+        """The weight laid out for the GPU's kernels, on its device, and how they round activations.
+
+        It is made anew whenever the layer's tensors change, and never saved.
+        """
+        copy = self._planes
+        if copy is not None and torch.compiler.is_compiling():
+            return copy.packed
+        sources = (self._buffers.get(CODES), *self._sources())
+        if copy is None or not copy.follows(sources):
+            copy = self._lay_out(sources)
+        return copy.packed
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _lay_out(self, sources: tuple[Tensor | None, ...]) -> Copy:
+        # Steps are read here, once: at every call that would wait for the GPU.
+        options: dict[str, Any] = {"quantized": False}
+        if self.input_scale is not None:
+            static = {"input_scale": float(self.input_scale), "input_zero_point": int(self.input_zero_point)}
+            options = {"quantized": True, **static}
+        copy = Copy.of(sources, (pack_for_triton(self.groupwise_weight()), options))
+        self.__dict__["_planes"] = copy
+        return copy
+
+    def stale(self) -> None:
+        self.__dict__.pop("_planes", None)
+        super().stale()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        self.__dict__.pop("_planes", None)
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        state = super().__getstate__()
+        state.pop("_planes", None)
+        return state
 
     def _plain(self, x: Tensor) -> Tensor:
         bias = self.bias

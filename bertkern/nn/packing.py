@@ -45,13 +45,29 @@ class Epoch:
     now = 0
 
 
-class _Copy(NamedTuple):
-    """A packed tensor and the state of the tensors that it was made from."""
+class Copy(NamedTuple):
+    """What was packed, and the state of the tensors that it was made from."""
 
     sources: tuple[Tensor | None, ...]
     versions: list[int]
     pointers: list[int]
-    packed: Tensor
+    packed: Any
+
+    @classmethod
+    def of(cls, sources: tuple[Tensor | None, ...], packed: Any) -> "Copy":
+        """`packed`, made of `sources` as they are."""
+        return cls(sources, *_state_of(sources), packed)
+
+    def follows(self, sources: tuple[Tensor | None, ...]) -> bool:
+        """Whether it was made of these very tensors, and none was changed since."""
+        if _state_of(sources) != (self.versions, self.pointers):
+            return False
+        return list(map(id, sources)) == list(map(id, self.sources))
+
+
+def _state_of(sources: tuple[Tensor | None, ...]) -> tuple[list[int], list[int]]:
+    present = [tensor for tensor in sources if tensor is not None]
+    return [version(tensor) for tensor in present], [tensor.data_ptr() for tensor in present]
 
 
 class PackedCache:
@@ -63,7 +79,7 @@ class PackedCache:
     never saved or pickled.
     """
 
-    _packed: _Copy | None = None
+    _packed: Copy | None = None
 
     def _sources(self) -> tuple[Tensor | None, ...]:
         # The weight, what scales it and the bias come first, in the first three places.
@@ -86,15 +102,11 @@ class PackedCache:
         if torch.compiler.is_compiling():
             return self._pack() if copy is None else copy.packed
         sources = self._sources()
-        present = [tensor for tensor in sources if tensor is not None]
-        versions = [version(tensor) for tensor in present]
-        pointers = [tensor.data_ptr() for tensor in present]
-        same = copy is not None and (versions, pointers) == (copy.versions, copy.pointers)
-        if same and list(map(id, sources)) == list(map(id, copy.sources)):
+        if copy is not None and copy.follows(sources):
             return copy.packed
         with torch.no_grad():
             packed = self._pack()
-        self.__dict__["_packed"] = _Copy(sources, versions, pointers, packed)
+        self.__dict__["_packed"] = Copy.of(sources, packed)
         _gradients.own(packed, self)
         Epoch.now += 1
         return packed

@@ -9,7 +9,7 @@ import pytest
 from .found import kernels
 
 BLOCK_SPARSE = kernels("block_sparse")
-TABLE = BLOCK_SPARSE.TABLE + kernels("attention").TABLE
+TABLE = BLOCK_SPARSE.TABLE + kernels("attention").TABLE + kernels("groupwise").TABLE
 knobs = BLOCK_SPARSE.knobs
 SHARED_BYTES = kernels("table").SHARED_BYTES
 
