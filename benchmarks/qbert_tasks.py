@@ -18,6 +18,7 @@ from .q8bert import reviews
 BATCH = 32
 LONGEST = 64  # tokens, in training
 
+
 class Pairs(nn.Module):
     """A sentence encoder on pairs [B, 2, L]: the cosine of their means over real tokens, squared error to the label."""
 
