@@ -233,12 +233,45 @@ def test_quantize_to_low_bits(capsys, tiny_model, tmp_path):
         (["--scheme", "groupwise", "--groups", "8", "--group-size", "8"], "not allowed with argument"),
         (["--scheme", "groupwise", "--shared"], 'expected axis "k" with shared'),
         (["--scheme", "groupwise", "--no-embeddings", "--embedding-bits", "4"], "does not go together with"),
+        (["--average-bits", "3"], "--average-bits belongs to --scheme groupwise"),
+        (["--scheme", "groupwise", "--average-bits", "1"], "expected average_bits of at least 2"),
+        (["--scheme", "groupwise", "--target-size-mb", "0.001"], "expected target_size_mb of at least"),
+        (["--scheme", "groupwise", "--choices", "2,3"], "--choices goes together with --average-bits"),
+        (["--scheme", "groupwise", "--average-bits", "3", "--choices", "2,x"], "expected BITS,..., such as 2,4"),
+        (["--scheme", "groupwise", "--method", "compensate"], "--method compensate needs --calibration"),
+        (["--scheme", "groupwise", "--calibration", "none.txt"], "expected a text file of sentences"),
     ],
 )
 def test_quantize_options_that_do_not_fit(capsys, tiny_model, tmp_path, options, message):
     status, _, err = run(capsys, "quantize", str(tiny_model), str(tmp_path / "out"), *options)
     assert status == 2 and message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_quantize_within_a_budget(capsys, tiny_model, tmp_path):
+    low = ("--scheme", "groupwise", "--groups", "8", "--average-bits", "3")
+    status, text, err = run(capsys, "quantize", str(tiny_model), str(tmp_path / "low"), *low)
+    assert status == 0, err
+    assert "the least squared error of the weights, without data" in text and "3.00 bits on average" in text
+    assert "int2 n/8" in text and "int4 n/8" in text
+
+
+def test_quantize_by_sentences(capsys, copy, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *["a", "b", "c", "d", "e", "f", "g", "h"]]
+    (copy / "vocab.txt").write_text("\n".join(words))
+    pytest.importorskip("transformers").BertTokenizer(str(copy / "vocab.txt")).save_pretrained(copy)
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("\n".join(f"{a} {b} d" for a in "abcdefgh" for b in "abc") + "\n\n")
+    out = tmp_path / "low"
+    low = ("--scheme", "groupwise", "--group-size", "16", "--axis", "k", "--average-bits", "3", "--choices", "2,3,4")
+    status, text, err = run(
+        capsys, "quantize", str(copy), str(out), *low, "--method", "compensate", "--calibration", str(sentences)
+    )
+    assert status == 0, err
+    assert "sensitivity" in text and "k/4" in text and (out / "tokenizer.json").exists()
+    sentences.write_text(" \n")
+    status, _, err = run(capsys, "quantize", str(copy), str(tmp_path / "x"), *low, "--calibration", str(sentences))
+    assert status == 2 and "expected sentences, one a line" in err
 
 
 @pytest.fixture

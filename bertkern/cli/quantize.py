@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import UsageError, add_command, model_argument
+from .common import UsageError, add_command, first_line, model_argument
 from .models import check_out, load_model, save_model
 
 SCALES = "int8: a scale for each output (per_channel, the default) or for each layer (per_tensor)"
@@ -27,6 +27,9 @@ OWN = {
         "layer_bits",
     ),
 }
+# Groupwise options that say how a config is arrived at, and are not in it.
+BUDGET = ("average_bits", "target_size_mb", "choices")
+COMPENSATE = "compensate"
 
 
 def add(commands: Any) -> None:
@@ -40,6 +43,7 @@ def add(commands: Any) -> None:
         "quantize ./my-bert ./out --skip classifier --no-embeddings",
         "quantize ./my-bert ./my-bert-int4 --scheme groupwise --bits 4 --groups 128 --method mse",
         "quantize ./my-bert ./out --scheme groupwise --group-size 64 --axis k --layer-bits 'layer.11.*=2'",
+        "quantize ./my-bert ./out --scheme groupwise --average-bits 3 --method compensate --calibration sentences.txt",
         more="\nThe result loads with: import bertkern; AutoModel.from_pretrained(OUT)\n",
     )
     model_argument(sub)
@@ -58,7 +62,12 @@ def add(commands: Any) -> None:
     cut.add_argument("--groups", type=int, help="into how many groups each matrix is cut; default: 128")
     cut.add_argument("--group-size", type=int, metavar="SIZE", help="neighbours in a group, instead")
     low.add_argument("--axis", choices=("n", "k"), help="groups of output (n, the default) or input features (k)")
-    low.add_argument("--method", choices=("minmax", "percentile", "mse"), help="how ranges are found; default: minmax")
+    low.add_argument(
+        "--method",
+        choices=("minmax", "percentile", "mse", COMPENSATE),
+        help="how ranges are found; default: minmax. compensate: codes that make up for each other's errors on the "
+        "sentences of --calibration (GPTQ)",
+    )
     low.add_argument("--symmetric", action="store_true", default=None, help="grids without zero points")
     low.add_argument(
         "--whole-zero", action=argparse.BooleanOptionalAction, help="whole zero points, so that 0 stays 0; the default"
@@ -66,6 +75,21 @@ def add(commands: Any) -> None:
     low.add_argument("--shared", action="store_true", default=None, help="with axis k: all outputs share their ranges")
     low.add_argument(
         "--activation", choices=("dynamic", "float"), help="int8 by each token's range (default), or float"
+    )
+    budget = low.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--average-bits", type=float, metavar="BITS", help="each encoder layer gets its own bits, so many on average"
+    )
+    budget.add_argument("--target-size-mb", type=float, metavar="MB", help="the same by the size of the encoder")
+    low.add_argument(
+        "--choices", type=_choices, metavar="BITS,...", help="bits that a layer may get by a budget; default: 2,4"
+    )
+    low.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="real sentences, one a line: bits go to the layers that they are sensitive to (without: to those whose "
+        "weights would lose most), and for --method compensate",
     )
     low.add_argument("--embedding-bits", type=int, metavar="BITS", help="of embedding tables; default: 8")
     low.add_argument(
@@ -85,12 +109,57 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_of(arguments)
     import bertkern
 
+    data = calibration_of(arguments)
     model = load_model(arguments.model)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
-    bertkern.quantize_(model, config)
+    if arguments.average_bits is not None or arguments.target_size_mb is not None:
+        config = _within_budget(model, config, arguments, data)
+    weights = None
+    if arguments.method == COMPENSATE:
+        weights = bertkern.compensate(model, data["sentences"], config, tokenizer=data["tokenizer"])
+    bertkern.quantize_(model, config, weights=weights)
     after = save_model(model, arguments.model, out)
     print(bertkern.report(model))
     print(f"{out}: {after / 1e6:.1f} MB of weights, from {before / 1e6:.1f} MB")
+
+
+def calibration_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sentences of --calibration and the model's tokenizer, or nothing; raises UsageError."""
+    file: Path | None = arguments.calibration
+    if file is None:
+        if arguments.method == COMPENSATE:
+            raise UsageError("quantize: --method compensate needs --calibration FILE.")
+        return {}
+    try:
+        sentences = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--calibration: expected a text file of sentences. Got {first_line(error)}") from error
+    if not sentences:
+        raise UsageError(f"--calibration: expected sentences, one a line. Got none in {file}.")
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    except Exception as error:  # whatever its files make transformers raise
+        raise UsageError(f"--calibration: expected a tokenizer beside MODEL. Got {first_line(error)}") from error
+    return {"sentences": sentences, "tokenizer": tokenizer}
+
+
+def _within_budget(model: Any, config: Any, arguments: argparse.Namespace, data: dict[str, Any]) -> Any:
+    """The config with the bits that `choose_bits` gives each encoder layer; prints them."""
+    from dataclasses import replace
+
+    import bertkern
+
+    options = {name: value for name in BUDGET if (value := getattr(arguments, name)) is not None}
+    options["symmetric"], options["shared"], options["axis"] = config.symmetric, config.shared, config.axis
+    cut = {"groups": config.groups} if config.group_size is None else {"group_size": config.group_size}
+    try:
+        chosen = bertkern.choose_bits(model, **data, **options, **cut)
+    except ValueError as error:
+        raise UsageError(error) from error
+    print(chosen)
+    return replace(config, layer_bits={**chosen.layer_bits, **dict(config.layer_bits)})
 
 
 def config_of(arguments: argparse.Namespace) -> Any:
@@ -101,8 +170,15 @@ def config_of(arguments: argparse.Namespace) -> Any:
         for name in names:
             if scheme != arguments.scheme and getattr(arguments, name) is not None:
                 raise UsageError(f"quantize: --{name.replace('_', '-')} belongs to --scheme {scheme}.")
+    for name in (*BUDGET, "calibration"):
+        if arguments.scheme != "groupwise" and getattr(arguments, name) is not None:
+            raise UsageError(f"quantize: --{name.replace('_', '-')} belongs to --scheme groupwise.")
+    if arguments.choices is not None and arguments.average_bits is None and arguments.target_size_mb is None:
+        raise UsageError("quantize: --choices goes together with --average-bits or --target-size-mb.")
     names = ("pooler", "head", *OWN[arguments.scheme])
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if options.get("method") == COMPENSATE:
+        options["method"] = "mse"  # of the tables, which no inputs lead to
     if arguments.no_embeddings:
         if "embedding_bits" in options:
             raise UsageError("quantize: --embedding-bits does not go together with --no-embeddings.")
@@ -112,6 +188,13 @@ def config_of(arguments: argparse.Namespace) -> Any:
         return kind(**options, skip=tuple(arguments.skip))
     except ValueError as error:
         raise UsageError(error) from error
+
+
+def _choices(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected BITS,..., such as 2,4. Got {text!r}.")
+    return tuple(map(int, parts))
 
 
 def _layer_bits(text: str) -> tuple[str, int | tuple[int, ...]]:
