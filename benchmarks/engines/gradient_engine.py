@@ -138,7 +138,7 @@ class Hessian(Gradient):
 
     def outputs(self) -> dict[str, np.ndarray]:
         self.run()
-        return {"eigenvalues": np.array(self.found.eigenvalues, np.float32)}
+        return {"magnitudes": np.abs(np.array(self.found.eigenvalues, np.float32))}
 
     def report(self) -> str | None:
         return None if self.found is None else str(self.found)
@@ -150,7 +150,10 @@ class Hessian(Gradient):
 
 
 class HessianReference(Hessian):
-    """Power iteration on the last layer's Hessian over all sentences at once, in float64."""
+    """Power iteration on the last layer's Hessian over all sentences at once, in float64.
+
+    What it stretches a vector by comes near the largest magnitude also where both signs have values of about that.
+    """
 
     STEPS = 60
 
@@ -164,11 +167,11 @@ class HessianReference(Hessian):
         vector = [gradient.detach() + torch.randn_like(gradient) * gradient.std() for gradient in gradients]
         for _ in range(self.STEPS):
             length = sum(part.square().sum() for part in vector).sqrt()
-            unit = [part / length for part in vector]
+            unit = [(part / length).detach() for part in vector]
             vector = torch.autograd.grad(gradients, weights, unit, retain_graph=True)
-        value = sum((part * image).sum() for part, image in zip(unit, vector, strict=True))
+        stretched = float(sum(part.square().sum() for part in vector).sqrt())
         self.model.float()
-        return {"eigenvalues": np.array([[float(value)]], np.float32)}
+        return {"magnitudes": np.array([[stretched]], np.float32)}
 
 
 def _part(batch: dict[str, torch.Tensor], at: int, size: int) -> dict[str, torch.Tensor]:

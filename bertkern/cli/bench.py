@@ -42,8 +42,8 @@ engines (columns of the table; one that is not installed is reported as absent):
   torch-int4  onnxruntime-int4;
   for attention: bertkern-fp32  bertkern-bf16  torch-fp32  torch-bf16  torch-eager-fp32  torch-eager-bf16;
   for sentences: bertkern-int8  bertkern-fp32  torch-fp32  onnxruntime-int8  openvino-int8;
-  importance has bertkern-importance beside torch-backward; hessian has bertkern-hessian alone. In float64 reference
-  checks attention and importance, hessian-reference the Hessian.
+  importance has bertkern-importance beside torch-backward; hessian has bertkern-hessian and
+  hessian-reference that checks it. A float64 reference checks attention and importance.
 NAME@avx2 caps an engine's instruction set; NAME:16x4@0.8 gives it a pruned model, NAME:dense the whole one.
 """
 
