@@ -204,7 +204,7 @@ class Scores:
             config, average = self._config(case, model)
             if case.method == "qat":
                 callback = GroupwiseQatCallback(config)
-                model = convert(task.train(model, case.seed, [callback]))
+                model = convert(task.train(model, case.seed, [callback], task.low_bit_rate))
             elif case.method == "compensate":
                 sentences = task.calibration[: CALIBRATION // (8 if self._quick else 1)]
                 weights = bk.compensate(model, sentences, config, tokenizer=task.tokenizer, progress=False)

@@ -59,13 +59,15 @@ class Task:
 
     Attributes:
         name, metric: as the rows have them.
-        learning_rate: of training on; the paper's 2e-5 is for BERT-base, models this small bear more.
+        learning_rate, low_bit_rate: of training on, as a float model and as a low-bit one; the paper's 2e-5 is for
+            BERT-base, models this small bear more.
         calibration: sentences of the training set, shuffled.
     """
 
     name: str
     metric: str
     learning_rate: float
+    low_bit_rate: float
 
     def __init__(self, cache: Path, quick: bool, tick: Callable[[str, int, int], None] | None = None):
         from transformers import AutoTokenizer
@@ -145,7 +147,8 @@ class Task:
 class StsB(Task):
     """all-MiniLM-L6-v2 on the STS Benchmark: Spearman's correlation of cosines with scores."""
 
-    name, metric, learning_rate = "STS-B", "spearman", 1e-4
+    name, metric = "STS-B", "spearman"
+    learning_rate, low_bit_rate = 1e-4, 2e-4
 
     def read(self, tick: Callable[[str, int, int], None] | None) -> None:
         folder = fetch.fetch(fetch.STSB, tick)
@@ -190,7 +193,8 @@ class StsB(Task):
 class RottenTomatoes(Task):
     """all-MiniLM-L6-v2 fine-tuned on film reviews: the share of the right answers, praise or not."""
 
-    name, metric, learning_rate = "Rotten Tomatoes", "accuracy", 5e-5
+    name, metric = "Rotten Tomatoes", "accuracy"
+    learning_rate, low_bit_rate = 5e-5, 1e-4
     FIRST_RATE = 1e-4  # of the fine-tuning, which starts with a new head
 
     def read(self, tick: Callable[[str, int, int], None] | None) -> None:

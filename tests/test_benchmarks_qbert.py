@@ -114,6 +114,33 @@ def test_pairs_are_compared_by_their_real_tokens():
     assert model.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("order", qbert.ORDERS)
+def test_mixed_bits_follow_the_hessian_of_pairs(order, tmp_path):
+    from benchmarks.qbert_tasks import Pairs
+
+    class Task:
+        trainable = staticmethod(Pairs)
+
+        @staticmethod
+        def batches(count: int) -> list[dict[str, torch.Tensor]]:
+            batch = inputs(model, batch=4)
+            pairs = {name: tensor.unflatten(0, (2, 2)) for name, tensor in batch.items()}
+            return [{**pairs, "labels": torch.tensor([0.5, 1.0])}] * count
+
+    model = tiny("BertModel")
+    scores = qbert.Scores(tmp_path, True, None)
+    scores._tasks["STS-B"] = Task()
+    config, average = scores._config(qbert.Case("STS-B", f"2/4n128 {order}", "minmax", quick=True), model)
+    assert average == 3 and config.groups == 128 and config.method == "minmax"
+    assert sorted(dict(config.layer_bits).items()) in (
+        [("encoder.layer.0", 2), ("encoder.layer.1", 4)],
+        [("encoder.layer.0", 4), ("encoder.layer.1", 2)],
+    )
+    found = scores._sensitivity["STS-B"].sensitivity
+    most = max(found, key=found.get)
+    assert order == "random" or (dict(config.layer_bits)[most] == 4) == (order == "sensitivity")
+
+
 def test_batches_hold_every_example_once_and_what_is_about_as_long():
     from benchmarks.qbert_tasks import BATCH, bucketed
 
