@@ -185,6 +185,62 @@ def test_quantize_saves_a_model_that_loads(capsys, tiny_model, tmp_path):
     assert "OUT: expected a folder. Got the file" in err
 
 
+def test_quantize_to_low_bits(capsys, tiny_model, tmp_path):
+    import transformers
+
+    options = ["--bits", "3", "--groups", "16", "--method", "mse", "--embedding-bits", "4", "--pooler"]
+    options += ["--layer-bits", "layer.1=2", "--layer-bits", "layer.1.output=2,8,4,4,4,4,4,4,4,4,4,4,4,4,4,4"]
+    status, text, err = run(
+        capsys, "quantize", str(tiny_model), str(tmp_path / "low"), "--scheme", "groupwise", *options
+    )
+    assert status == 0, err
+    assert "int3 n/16" in text and "int2/4/8 n/16" in text and "int4 n/97" in text
+    sizes = re.search(r"([\d.]+) MB of weights, from ([\d.]+) MB", text)
+    assert float(sizes[1]) < float(sizes[2]) / 3
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "low")
+    assert model.config.quantization_config.config.layer_bits[0] == ("layer.1", 2)
+    status, text, err = run(
+        capsys,
+        "quantize",
+        str(tiny_model),
+        str(tmp_path / "k"),
+        "--scheme",
+        "groupwise",
+        "--group-size",
+        "32",
+        "--axis",
+        "k",
+        "--shared",
+        "--symmetric",
+        "--activation",
+        "float",
+        "--no-embeddings",
+        "--head",
+    )
+    assert status == 0, err
+    assert "int4 k/2, float activations" in text and re.search(r"classifier +1 +2 x 64 +int4 k/2", text)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--bits", "4"], "--bits belongs to --scheme groupwise"),
+        (["--layer-bits", "a=3"], "--layer-bits belongs to --scheme groupwise"),
+        (["--scheme", "groupwise", "--weight", "per_tensor"], "--weight belongs to --scheme int8"),
+        (["--scheme", "groupwise", "--bits", "9"], "expected bits to be a whole number from 2 to 8. Got 9"),
+        (["--scheme", "groupwise", "--layer-bits", "a=b"], "expected PATTERN=BITS, such as layer.0.*=3. Got 'a=b'"),
+        (["--scheme", "groupwise", "--layer-bits", "a=9"], "layer_bits of a"),
+        (["--scheme", "groupwise", "--groups", "8", "--group-size", "8"], "not allowed with argument"),
+        (["--scheme", "groupwise", "--shared"], 'expected axis "k" with shared'),
+        (["--scheme", "groupwise", "--no-embeddings", "--embedding-bits", "4"], "does not go together with"),
+    ],
+)
+def test_quantize_options_that_do_not_fit(capsys, tiny_model, tmp_path, options, message):
+    status, _, err = run(capsys, "quantize", str(tiny_model), str(tmp_path / "out"), *options)
+    assert status == 2 and message in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def copy(tiny_model, tmp_path) -> Path:
     """The tiny model in a folder that a test may spoil."""

@@ -428,9 +428,10 @@ def _runs(weight: GroupwiseWeight) -> Iterator[tuple[slice, np.ndarray]]:
         if n:
             yield slice(0, n), np.repeat(bits, weight.group_size)[:k]
         return
-    for group, width in enumerate(bits):
-        first = group * weight.group_size
-        yield slice(first, min(n, first + weight.group_size)), np.full(k, width)
+    # Neighbouring groups of as many bits are one: a table may have a group for each of its rows.
+    starts = np.flatnonzero(np.diff(bits, prepend=0))
+    for start, stop in zip(starts, [*starts[1:], len(bits)], strict=True):
+        yield slice(int(start) * weight.group_size, min(n, int(stop) * weight.group_size)), np.full(k, bits[start])
 
 
 def _expect_shape(caller: str, shape: Any) -> tuple[int, int]:

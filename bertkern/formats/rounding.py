@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ MOVES = (-0.1, -0.05, -0.025, 0.025, 0.05, 0.1)
 Ranges = tuple[Tensor, Tensor]
 
 
+class Grid(NamedTuple):
+    """Which grids there are; see `grid`."""
+
+    symmetric: bool
+    whole_zero: bool
+
+
 def round_weight(
     weight: Tensor,
     bits: Tensor | Sequence[int] | int,
@@ -28,6 +36,7 @@ def round_weight(
     *,
     method: str = "minmax",
     symmetric: bool = False,
+    whole_zero: bool = False,
     shared: bool = False,
 ) -> GroupwiseWeight:
     """The low-bit form of weight [N, K], see `quantize_groupwise`.
@@ -49,8 +58,8 @@ def round_weight(
         raise ValueError(f"round_weight: expected method to be one of {tuple(METHODS)}. Got {method!r}.")
     find, (n, k) = METHODS[method], weight.shape
     each = expect_bits("round_weight", bits, group_count((n, k), axis, group_size)).to(weight.device)
-    whole = {"axis": axis, "symmetric": symmetric, "shared": shared}
-    ranges = find_ranges(find, weight, each, group_size, **whole) if shared else None
+    on = Grid(symmetric, whole_zero)
+    ranges = find_ranges(find, weight, each, group_size, axis, on, shared) if shared else None
     height = max(1, BLOCK // max(1, k))
     if axis == "n":
         height = max(1, height // group_size) * group_size
@@ -58,8 +67,9 @@ def round_weight(
     for first in range(0, n, height):
         part = weight[first : first + height].detach().float()
         part_bits = each[first // group_size :][: -(-part.shape[0] // group_size)] if axis == "n" else each
-        found = find_ranges(find, part, part_bits, group_size, **whole) if ranges is None else ranges
-        parts.append(quantize_groupwise(part, part_bits, group_size, ranges=found, **whole))
+        found = find_ranges(find, part, part_bits, group_size, axis, on, shared) if ranges is None else ranges
+        how = {"symmetric": symmetric, "whole_zero": whole_zero, "shared": shared, "ranges": found}
+        parts.append(quantize_groupwise(part, part_bits, group_size, axis, **how))
     return _joined(parts, (n, k), each, shared)
 
 
@@ -69,20 +79,20 @@ def find_ranges(
     bits: Tensor,
     group_size: int,
     axis: str,
-    symmetric: bool,
+    on: Grid,
     shared: bool,
 ) -> Ranges:
     """(low, high) of each group, of the shape of scale.
 
     Args:
-        find: of METHODS: gets groups [G, elements], their bits [G] and `symmetric`.
+        find: of METHODS: gets groups [G, elements], their bits [G] and `on`.
     """
     lows, highs = [], []
     for groups, count in _cut(weight.detach().float(), group_size, axis, shared):
         first = sum(low.shape[-1] for low in lows)
         wide = bits[first : first + count]
         rows = groups.shape[0] // max(1, count)
-        low, high = find(groups, wide.repeat(rows), symmetric)
+        low, high = find(groups, wide.repeat(rows), on)
         shape = (count,) if axis == "n" else (rows, count)
         lows.append(low.view(shape))
         highs.append(high.view(shape))
@@ -102,11 +112,11 @@ def _cut(weight: Tensor, size: int, axis: str, shared: bool) -> Iterator[tuple[T
             yield (groups.transpose(0, 1).reshape(count, -1) if shared else groups.reshape(-1, length)), count
 
 
-def _minmax(groups: Tensor, bits: Tensor, symmetric: bool) -> Ranges:
+def _minmax(groups: Tensor, bits: Tensor, on: Grid) -> Ranges:
     return groups.amin(1), groups.amax(1)
 
 
-def _percentile(groups: Tensor, bits: Tensor, symmetric: bool) -> Ranges:
+def _percentile(groups: Tensor, bits: Tensor, on: Grid) -> Ranges:
     last = groups.shape[1] - 1
 
     def value(share: float) -> Tensor:
@@ -118,18 +128,18 @@ def _percentile(groups: Tensor, bits: Tensor, symmetric: bool) -> Ranges:
     return value(PERCENTILE / 100), value(1 - PERCENTILE / 100)
 
 
-def _least_error(groups: Tensor, bits: Tensor, symmetric: bool) -> Ranges:
+def _least_error(groups: Tensor, bits: Tensor, on: Grid) -> Ranges:
     """Tries shares of each group's range about its mean, then moves of either end."""
     low, high = groups.amin(1), groups.amax(1)
-    middle = torch.zeros_like(low) if symmetric else groups.mean(1)
+    middle = torch.zeros_like(low) if on.symmetric else groups.mean(1)
     below, above = middle - low, high - middle
-    best = _error(groups, low, high, bits, symmetric)
+    best = _error(groups, low, high, bits, on)
     ends = torch.ones_like(low), torch.ones_like(low)
 
     def attempt(down: Tensor, up: Tensor) -> None:
         nonlocal best, ends
         down, up = down.clamp(0.05, 1), up.clamp(0.05, 1)
-        error = _error(groups, middle - down * below, middle + up * above, bits, symmetric)
+        error = _error(groups, middle - down * below, middle + up * above, bits, on)
         better = error < best
         best = torch.where(better, error, best)
         ends = torch.where(better, down, ends[0]), torch.where(better, up, ends[1])
@@ -138,20 +148,20 @@ def _least_error(groups: Tensor, bits: Tensor, symmetric: bool) -> Ranges:
         attempt(torch.full_like(low, share), torch.full_like(low, share))
     down, up = ends
     for move in MOVES:
-        attempt(down + move, up + move if symmetric else up)
-    if not symmetric:
+        attempt(down + move, up + move if on.symmetric else up)
+    if not on.symmetric:
         down, up = ends
         for move in MOVES:
             attempt(down, up + move)
     return middle - ends[0] * below, middle + ends[1] * above
 
 
-def _error(groups: Tensor, low: Tensor, high: Tensor, bits: Tensor, symmetric: bool) -> Tensor:
+def _error(groups: Tensor, low: Tensor, high: Tensor, bits: Tensor, on: Grid) -> Tensor:
     """The squared error of each group [G, elements] on its grid."""
-    scale, zero = grid(low, high, bits, symmetric)
+    scale, zero = grid(low, high, bits, *on)
     scale, zero = scale[:, None], zero[:, None]
     top = (2.0 ** bits.float() - 1)[:, None]
-    codes = (groups / scale).add_(zero).round_().clamp_(min=1 if symmetric else 0)
+    codes = (groups / scale).add_(zero).round_().clamp_(min=1 if on.symmetric else 0)
     torch.minimum(codes, top, out=codes)
     return codes.sub_(zero).mul_(scale).sub_(groups).square_().sum(1)
 

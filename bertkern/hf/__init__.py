@@ -15,7 +15,9 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .. import plan
 from ..ragged import RaggedConfig
+from ..record import record_of
 from ..schemes import scheme_under
 from .files import damage, of_body
 from .record import METHOD, BertkernConfig, describe
@@ -69,6 +71,8 @@ class BertkernQuantizer(HfQuantizer):
         check_values(model)
         accelerate(model)
         attach(model, config)
+        choices = plan.choose(model, config)
+        record_of(model).kept.update({choice.name: choice.reason for choice in choices if choice.action == "packed"})
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

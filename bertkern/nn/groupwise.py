@@ -355,7 +355,7 @@ class GroupwiseEmbedding(_GroupwiseWeight):
         """The low-bit form of `embedding`, its rows each a group; made in blocks of rows.
 
         Args:
-            config: its embedding_bits (None: 8), symmetric, method and keep_original count.
+            config: its embedding_bits (None: 8), symmetric, whole_zero, method and keep_original count.
             bits: instead of the config's.
             weight: what the table becomes, made elsewhere.
 
@@ -430,5 +430,5 @@ def rounded(owner: str, weight: Tensor, config: GroupwiseConfig, bits: Tensor | 
         raise ValueError(f"{owner}: expected a finite weight. Got Inf or NaN.")
     size = config.size_of(weight.shape[0] if config.axis == "n" else weight.shape[1])
     wide = expect_bits(owner, bits, group_count(tuple(weight.shape), config.axis, size))
-    how = {"method": config.method, "symmetric": config.symmetric, "shared": config.shared}
+    how = {name: getattr(config, name) for name in ("method", "symmetric", "whole_zero", "shared")}
     return round_weight(weight, wide, size, config.axis, **how)

@@ -126,13 +126,15 @@ class GroupwiseScheme(Scheme):
         tables = [module for module in modules.values() if isinstance(module, GroupwiseEmbedding)]
         activations = [layer.activation for layer in layers]
         activation = _most(activations) if layers else "float"
+        zeros = [layer.held("zero") for layer in layers]
         unsigned = any(layer.activation == "static" and int(layer.input_zero_point) for layer in layers)
         axis, size = _most([(layer.axis, layer.group_size) for layer in layers]) if layers else ("n", 1)
         return GroupwiseConfig(
             bits=_most([int(bits) for layer in layers for bits in layer.weight_bits.unique()]) if layers else 4,
             group_size=size,
             axis=axis,
-            symmetric=bool(layers) and all(layer.held("zero") is None for layer in layers),
+            symmetric=bool(layers) and all(zero is None for zero in zeros),
+            whole_zero=all(zero is None or bool((zero == zero.round()).all()) for zero in zeros),
             shared=axis == "k" and all(layer.held("scale").shape[0] == 1 for layer in layers if layer.axis == "k"),
             activation=activation,
             activation_unsigned=unsigned and activation == "static",

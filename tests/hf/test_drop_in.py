@@ -175,6 +175,6 @@ def test_sentence_transformers(swap, tmp_path):
     assert len(rows) == 6 and not bk.report(model).fallbacks
     model.save_pretrained(str(tmp_path / "saved"))
     loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    assert bk.plan.quantized_modules(loaded).keys() == bk.plan.int8_modules(model).keys()
+    assert bk.plan.quantized_modules(loaded).keys() == bk.plan.quantized_modules(model).keys()
     again = torch.from_numpy(bk.accelerate(loaded).encode(sentences))
     assert torch.equal(again, got)
