@@ -266,7 +266,10 @@ GROUPINGS = (("n", 24), ("n", 37), ("k", 24), ("k", 32), ("k", 37), ("k", 64), (
 def problems() -> Iterator[tuple[str, dict[str, Any]]]:
     """All bits along both axes; every group size; parts of mixed bits; epilogues."""
     half, bfloat, codes = torch.float16, torch.bfloat16, torch.int8
-    for dtype, axis, bits in itertools.product((half, bfloat, codes), "nk", (*range(2, 9), (2, 8, 3))):
+    every = (*range(2, 9), (2, 8, 3))
+    for dtype, axis, bits in itertools.product((half, bfloat, codes), "nk", every):
+        if dtype == bfloat and bits in (2, 4, 5, 6):
+            continue  # as fp16, but for what the interpreter casts
         name = f"bits-{kernels.TYPES[dtype]}-{axis}-{bits}".replace(" ", "")
         yield name, {"shape": (5, 37, 229), "dtype": dtype, "bits": bits, "axis": axis, "size": 24}
     for number, (axis, size) in enumerate(GROUPINGS):

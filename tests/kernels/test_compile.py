@@ -49,7 +49,8 @@ def test_machine_code(entry, capability, tmp_path):
     assert len(found) > 50
     assert not [name for name in found if name.startswith(("LDL", "STL"))]
     # Nothing else multiplies: no tile fell back to another generation's instruction, nor fp32 to one pass of TF32.
-    multiplying = {name.removesuffix(".SAT") for name in found if "MMA" in name}
+    # HFMA2.MMA is no product of matrices: constants are written to registers by it.
+    multiplying = {name.removesuffix(".SAT") for name in found if "MMA" in name and name != "HFMA2.MMA"}
     assert multiplying == entry.opcodes[capability]
     assert kernel.metadata.shared <= SHARED_BYTES
     if entry.fetches_ahead:

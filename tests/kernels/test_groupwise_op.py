@@ -100,13 +100,13 @@ def test_gradients_are_those_of_the_dequantized_weight(quantized):
         torch.testing.assert_close(mine, theirs)
 
 
-def arguments(x, planes, **changed):
+def arguments(x, planes, changed=None):
     call = {
         "x": x, "codes": planes.codes, "members": planes.members, "scale": planes.scale, "shift": planes.shift,
         "column_sum": planes.column_sum, "bias": None, "residual": None, "bits": planes.bits, "group": planes.group,
         "activation": 0, "quantized": True, "input_scale": 0.0, "input_zero_point": 0, "out_dtype": x.dtype,
     }  # fmt: skip
-    return tuple({**call, **changed}.values())
+    return tuple({**call, **(changed or {})}.values())
 
 
 @pytest.mark.parametrize("axis,bits", [("n", 4), ("k", "mixed")])
@@ -133,7 +133,7 @@ WRONG = {
     "codes of another length": (
         {"codes": [PLANES.codes[0][1:], *PLANES.codes[1:]]}, r"codes uint8 of shape \[\d+\]. Got torch.uint8 of shape",
     ),
-    "a zero point beside rows' own ranges": ({"input_zero_point": 5}, "either 0 or 128. Got 5"),
+    "a zero point beside rows' own ranges": ({"input_zero_point": 5}, ".* either 0 or 128. Got 5"),
     "another device": ({"shift": PLANES.shift.to("meta")}, "all tensors on cpu. Got meta"),
     "no such activation": ({"activation": 6}, "activation from 0 to 5. Got 6"),
 }  # fmt: skip
@@ -143,7 +143,7 @@ WRONG = {
 def test_bad_input(case):
     wrong, said = WRONG[case]
     with pytest.raises(RuntimeError, match=f"groupwise_linear_cuda: expected {said}"):
-        torch.ops.bertkern.groupwise_linear_cuda(*arguments(torch.ones(3, 101), PLANES, **wrong))
+        torch.ops.bertkern.groupwise_linear_cuda(*arguments(torch.ones(3, 101), PLANES, wrong))
 
 
 def test_a_checked_weight_is_packed():
@@ -172,11 +172,11 @@ def test_a_layers_planes_follow_its_tensors(monkeypatch):
     x = torch.randn(3, 101)
     before = layer._by_planes(x)
     assert torch.equal(layer._by_planes(x), before) and len(made) == 1
-    torch.testing.assert_close(before, layer(x))
+    torch.testing.assert_close(before, layer(x), atol=1e-4, rtol=1e-5)
     layer.weight_scale.mul_(2)
     twice = layer._by_planes(x)
     assert len(made) == 2 and not torch.allclose(twice, before)
-    torch.testing.assert_close(twice, layer(x))
+    torch.testing.assert_close(twice, layer(x), atol=1e-4, rtol=1e-5)
     layer.weight_codes = torch.zeros_like(layer.weight_codes)
     assert not torch.allclose(layer._by_planes(x), twice) and len(made) == 3
     layer.load_state_dict(GroupwiseLinear(weight_of(37, 101, "k"), layer.bias).state_dict())
@@ -191,6 +191,6 @@ def test_a_layers_activations():
     x = torch.randn(3, 101)
     for step in (None, 0.0, 0.03):
         layer = GroupwiseLinear(weight_of(37, 101), torch.randn(37), input_scale=step).eval()
-        torch.testing.assert_close(layer._by_planes(x), layer(x))
+        torch.testing.assert_close(layer._by_planes(x), layer(x), atol=1e-4, rtol=1e-5)
     compiled = torch.compile(layer._by_planes, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
+    torch.testing.assert_close(compiled(x), layer(x), atol=1e-4, rtol=1e-5)
