@@ -185,7 +185,6 @@ class Scores:
     def __init__(self, cache: Path, quick: bool, tick: Callable[[str, int, int], None] | None) -> None:
         self._cache, self._quick, self._tick = cache, quick, tick
         self._tasks: dict[str, Any] = {}
-        self._sensitivity: dict[str, Any] = {}
 
     def of(self, case: Case) -> dict[str, Any]:
         """score, size_mb, and average bits of a case."""
@@ -242,17 +241,16 @@ class Scores:
         return config_of(case.grouping, method=method, layer_bits=chosen.layer_bits), chosen.average_bits
 
     def _hessian(self, name: str, model: Any) -> Any:
+        """Found once, then read from the cache."""
         import bertkern as bk
 
-        if name not in self._sensitivity:
+        count, samples = (2, 2) if self._quick else (8, 10)
+        path = self._cache / f"sensitivity-{name.lower().replace(' ', '-')}-{count}-{samples}.json"
+        if not path.is_file():
             task = self._task(name)
-            self._sensitivity[name] = bk.hessian_sensitivity(
-                task.trainable(model),
-                task.batches(2 if self._quick else 16),
-                samples=2 if self._quick else 10,
-                progress=False,
-            )
-        return self._sensitivity[name]
+            found = bk.hessian_sensitivity(task.trainable(model), task.batches(count), samples=samples, progress=False)
+            path.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        return bk.Sensitivity.from_dict(json.loads(path.read_text("utf-8")))
 
 
 def _record(made: Run, wanted: Sequence[Case], kept: Kept) -> None:
