@@ -69,6 +69,7 @@ def test_forward_is_that_of_the_rounded_weight(config):
         config.axis,
         method=config.method,
         symmetric=config.symmetric,
+        whole_zero=config.whole_zero,
         shared=config.shared,
     )
     if config.activation == "dynamic":
@@ -117,7 +118,8 @@ def test_ranges_of_weights_are_moving_averages(method, axis):
         low, high = ends if low is None else (0.9 * low + 0.1 * ends[0], 0.9 * high + 0.1 * ends[1])
         assert torch.allclose(layer.weight_low, low, atol=1e-6) and torch.allclose(layer.weight_high, high, atol=1e-6)
     kept = layer.eval().groupwise_weight()
-    expected = quantize_groupwise(layer.weight.detach(), 4, 8, axis, ranges=(layer.weight_low, layer.weight_high))
+    ranges = (layer.weight_low, layer.weight_high)
+    expected = quantize_groupwise(layer.weight.detach(), 4, 8, axis, whole_zero=True, ranges=ranges)
     assert torch.equal(kept.codes, expected.codes) and torch.equal(kept.scale, expected.scale)
 
 
@@ -160,7 +162,7 @@ def test_table_rows_are_groups():
     model = prepare_qat(tiny("BertModel"), GroupwiseConfig(groups=8, embedding_bits=3))
     table = model.embeddings.word_embeddings
     ids = torch.tensor([[5, 9, 5], [0, 119, 7]])
-    expected = quantize_groupwise(table.weight.detach(), 3, 1)
+    expected = quantize_groupwise(table.weight.detach(), 3, 1, whole_zero=True)
     assert torch.equal(table.groupwise_weight().codes, expected.codes)
     assert torch.allclose(table(ids), expected.dequantize()[ids], atol=1e-6)
     table(ids).sum().backward()

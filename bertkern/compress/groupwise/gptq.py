@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bertkern.formats.groupwise import GroupwiseWeight, expect_bits, grid, group_count
-from bertkern.formats.rounding import METHODS, find_ranges
+from bertkern.formats.rounding import METHODS, Grid, find_ranges
 
 from .grids import Grids
 from .least_squares import refit
@@ -172,8 +172,11 @@ def _ends(
     """(scale, zero) of the groups of `weight` by a method."""
     if method == OUTPUTS:
         return weighted_ends(weight, importance, bits, group_size, **how)
-    low, high = find_ranges(METHODS[method], weight, bits, group_size, **how)
-    return grid(low, high, bits, how["symmetric"])
+    symmetric = bool(how["symmetric"])
+    low, high = find_ranges(
+        METHODS[method], weight, bits, group_size, how["axis"], Grid(symmetric, False), how["shared"]
+    )
+    return grid(low, high, bits, symmetric)
 
 
 def _damped(moments: Tensor, damp: float) -> Tensor:

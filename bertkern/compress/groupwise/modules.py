@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bertkern.config import GroupwiseConfig
 from bertkern.formats.groupwise import GroupwiseWeight, expect_bits, grid, group_count
-from bertkern.formats.rounding import METHODS, find_ranges
+from bertkern.formats.rounding import METHODS, Grid, find_ranges
 
 from ..adopting import Adopted
 from .fake_quant import fake_static, fake_tokens, fake_weight
@@ -47,6 +47,11 @@ class Settings:
     keeps_range: bool = False
     weight_decay: float = 0.0
     input_decay: float = 0.99
+
+    @property
+    def on(self) -> Grid:
+        """Which grids there are."""
+        return Grid(self.config.symmetric, self.config.whole_zero)
 
 
 class _FakeQuant(Adopted):
@@ -82,15 +87,15 @@ class _FakeQuant(Adopted):
         return expect_bits(type(self).__name__, s.bits, groups).to(self.weight.device)
 
     def _grids(self, ends: tuple[Tensor, Tensor], bits: Tensor) -> Grids:
-        s, symmetric = self.settings, self.settings.config.symmetric
+        s, on = self.settings, self.settings.on
         shape = tuple(self.weight.shape)
-        return Grids(*grid(*ends, bits, symmetric), bits, shape, s.axis, s.group_size, symmetric)
+        return Grids(*grid(*ends, bits, *on), bits, shape, s.axis, s.group_size, on.symmetric)
 
     def _live_range(self, bits: Tensor) -> tuple[Tensor, Tensor]:
         s, c = self.settings, self.settings.config
         shared = c.shared and s.axis == "k"
         weight = self.weight.detach()
-        return find_ranges(METHODS[c.method], weight, bits, s.group_size, s.axis, c.symmetric, shared)
+        return find_ranges(METHODS[c.method], weight, bits, s.group_size, s.axis, s.on, shared)
 
     def _followed_grids(self) -> Grids:
         """The grids of a training step, after the ranges have taken in the weight."""
@@ -190,6 +195,6 @@ class FakeQuantGroupwiseEmbedding(_FakeQuant, nn.Embedding):
         s, c = self.settings, self.settings.config
         flat = rows.reshape(-1, rows.shape[-1])
         bits = expect_bits(type(self).__name__, s.bits, len(flat)).to(flat.device)
-        low, high = find_ranges(METHODS[c.method], flat.detach(), bits, 1, "n", c.symmetric, False)
-        scale, zero = grid(low, high, bits, c.symmetric)
+        low, high = find_ranges(METHODS[c.method], flat.detach(), bits, 1, "n", s.on, False)
+        scale, zero = grid(low, high, bits, *s.on)
         return fake_weight(flat, Grids(scale, zero, bits, tuple(flat.shape), "n", 1, c.symmetric)).view(rows.shape)

@@ -11,7 +11,7 @@ template <class Dot, int MR, int V, int first>
 BK_INLINE void steps(typename Dot::Acc (&acc)[MR][kVectors], const uint32_t* a, int64_t lda, const uint32_t* index,
                      int64_t count, const uint32_t* b, int64_t width, const char*& ahead, int64_t ahead_step) {
   int64_t i = 0;
-  if (V == 1 && ahead_step == 0) {
+  if (V == 1 && sizeof(typename Dot::Act) == sizeof(vf) && ahead_step == 0) {
     // The loads are what counts, one a dot product: nothing is fetched, and two places are read at once.
     for (; i + 2 <= count; i += 2, b += 2 * width) {
       uint64_t two;
