@@ -224,9 +224,11 @@ class Scores:
     def _config(self, case: Case, model: Any) -> tuple[Any, float]:
         """The config of a case, and the average bits of its codes."""
         # Ranges that are searched serve training, too.
-        method = case.method if case.method in ("minmax", "mse") else "mse"
+        how = {"method": case.method if case.method in ("minmax", "mse") else "mse"}
+        if case.method == "qat":
+            how["whole_zero"] = False  # the paper's grids: training moves weights that round to one side together
         if not case.order:
-            return config_of(case.grouping, method=method), float(case.widths[0])
+            return config_of(case.grouping, **how), float(case.widths[0])
         import bertkern as bk
 
         chosen = bk.assign_bits(
@@ -238,7 +240,7 @@ class Scores:
             order=case.order,
             progress=False,
         )
-        return config_of(case.grouping, method=method, layer_bits=chosen.layer_bits), chosen.average_bits
+        return config_of(case.grouping, **how, layer_bits=chosen.layer_bits), chosen.average_bits
 
     def _hessian(self, name: str, model: Any) -> Any:
         """Found once, then read from the cache."""
