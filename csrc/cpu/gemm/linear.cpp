@@ -197,15 +197,29 @@ class Sink {
  private:
   // The same for outputs that stand in another order than the columns of Y.
   void scatter(const float* buffer, int64_t r, int64_t mr, const uint32_t* to, int64_t columns, Epilogue e) const {
-    alignas(64) float gathered[kPanel], made[kPanel];
-    const int64_t bytes = dtype_size(output_.dtype);
-    e.out = made, e.residual = output_.residual ? gathered : nullptr;
-    for (int64_t i = r; i < r + mr; ++i, buffer += kPanel) {
-      if (output_.residual)
-        for (int64_t c = 0; c < columns; ++c) gathered[c] = *residual(i, to[c]);
-      kernels_.epilogue(buffer, 1, columns, e);
-      for (int64_t c = 0; c < columns; ++c)
-        std::memcpy(row(i, to[c]), reinterpret_cast<const char*>(made) + c * bytes, static_cast<size_t>(bytes));
+    alignas(64) float gathered[kMaxRows * kPanel], made[kMaxRows * kPanel];
+    e.out = made, e.out_pitch = kPanel;
+    if (output_.residual) {
+      for (int64_t i = 0; i < mr; ++i)
+        for (int64_t c = 0; c < columns; ++c) gathered[i * kPanel + c] = *residual(r + i, to[c]);
+      e.residual = gathered, e.residual_pitch = kPanel;
+    }
+    kernels_.epilogue(buffer, static_cast<int>(mr), columns, e);
+    switch (dtype_size(output_.dtype)) {
+      case 4:
+        return place<uint32_t>(made, r, mr, to, columns);
+      case 2:
+        return place<uint16_t>(made, r, mr, to, columns);
+      default:
+        return place<uint8_t>(made, r, mr, to, columns);
+    }
+  }
+  template <class T>
+  void place(const void* made, int64_t r, int64_t mr, const uint32_t* to, int64_t columns) const {
+    const T* from = static_cast<const T*>(made);
+    for (int64_t i = 0; i < mr; ++i, from += kPanel) {
+      T* out = static_cast<T*>(row(r + i, 0));
+      for (int64_t c = 0; c < columns; ++c) out[to[c]] = from[c];
     }
   }
 
