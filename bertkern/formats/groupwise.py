@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -429,8 +430,8 @@ def _runs(weight: GroupwiseWeight) -> Iterator[tuple[slice, np.ndarray]]:
             yield slice(0, n), np.repeat(bits, weight.group_size)[:k]
         return
     # Neighbouring groups of as many bits are one: a table may have a group for each of its rows.
-    starts = np.flatnonzero(np.diff(bits, prepend=0))
-    for start, stop in zip(starts, [*starts[1:], len(bits)], strict=True):
+    ends = [*np.flatnonzero(np.diff(bits, prepend=0)), len(bits)]
+    for start, stop in pairwise(ends):
         yield slice(int(start) * weight.group_size, min(n, int(stop) * weight.group_size)), np.full(k, bits[start])
 
 

@@ -128,3 +128,12 @@ def test_what_a_file_may_hold(change, message):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("axis", ["n", "k"])
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 0)])
+def test_sizes_of_zero(shape, axis):
+    n, k = shape
+    scale = torch.ones(n) if axis == "n" else torch.ones(n, k)
+    weight = pack_codes(torch.zeros(shape, dtype=torch.int64), scale, None, 4, axis)
+    assert weight.unpacked().shape == weight.dequantize().shape == shape
