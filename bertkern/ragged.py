@@ -1,12 +1,14 @@
 """The record of what the layers of a model have lost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from .versioned import Versioned
 
 
 @dataclass(frozen=True)
-class RaggedConfig:
+class RaggedConfig(Versioned):
     """What layers of a float model have lost: the `quantization_config` to load it with, and the record in its config.
 
     Handed to `from_pretrained`, it loads checkpoints of transformers 4 that have `pruned_heads`, and those of
@@ -30,34 +32,12 @@ class RaggedConfig:
     quant_method: ClassVar[str] = "bertkern"
 
     def __post_init__(self) -> None:
-        if type(self.version) is not int or self.version != 1:
-            raise ValueError(f"RaggedConfig: expected version 1. Got {self.version!r}.")
+        super().__post_init__()
         object.__setattr__(self, "widths", checked_widths("RaggedConfig", self.widths))
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON values that `from_dict` reads."""
         return {"kind": self.KIND, "widths": checked_widths("RaggedConfig", self.widths), "version": self.version}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "RaggedConfig":
-        """The config of `to_dict`'s record.
-
-        Raises:
-            ValueError: an unknown kind, version or field, or a value that is not allowed.
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"RaggedConfig: expected a mapping. Got {type(values).__name__}.")
-        values = dict(values)
-        kind = values.pop("kind", cls.KIND)
-        if kind != cls.KIND:
-            raise ValueError(f'RaggedConfig: expected kind "{cls.KIND}". Got {kind!r}.')
-        # The version comes first: a newer record may well have fields that this one does not know.
-        if "version" in values and values["version"] != 1:
-            raise ValueError(f"RaggedConfig: expected version 1. Got {values['version']!r}.")
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"RaggedConfig: expected fields among {sorted(known)}. Got {unknown}.")
-        return cls(**values)
 
 
 def is_record(value: Any) -> bool:

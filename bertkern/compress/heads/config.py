@@ -1,14 +1,15 @@
 """How heads are ranked, and how many go: frozen, versioned, JSON both ways."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bertkern.versioned import Versioned, is_number
 
 METHODS = ("paper", "released", "magnitude")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadPruneConfig:
+class HeadPruneConfig(Versioned):
     """Greedy removal of attention heads, the least important first.
 
     Attributes:
@@ -45,15 +46,14 @@ class HeadPruneConfig:
     KIND: ClassVar[str] = "head_prune"
 
     def __post_init__(self) -> None:
-        if type(self.version) is not int or self.version != 1:
-            raise ValueError(f"HeadPruneConfig: expected version 1. Got {self.version!r}.")
+        super().__post_init__()
         if self.fraction is None and self.tolerance is None:
             raise ValueError("HeadPruneConfig: expected a fraction or a tolerance. Got neither.")
-        if self.fraction is not None and not (_is_number(self.fraction) and 0 <= self.fraction <= 1):
+        if self.fraction is not None and not (is_number(self.fraction) and 0 <= self.fraction <= 1):
             raise ValueError(f"HeadPruneConfig: expected fraction to be a number from 0 to 1. Got {self.fraction!r}.")
-        if self.tolerance is not None and not (_is_number(self.tolerance) and 0 <= self.tolerance < float("inf")):
+        if self.tolerance is not None and not (is_number(self.tolerance) and 0 <= self.tolerance < float("inf")):
             raise ValueError(f"HeadPruneConfig: expected tolerance to be a number from 0 on. Got {self.tolerance!r}.")
-        if not (_is_number(self.step) and 0 < self.step <= 1):
+        if not (is_number(self.step) and 0 < self.step <= 1):
             raise ValueError(f"HeadPruneConfig: expected step to be a number above 0 and up to 1. Got {self.step!r}.")
         if type(self.min_heads) is not int or self.min_heads < 0:
             raise ValueError(
@@ -70,32 +70,3 @@ class HeadPruneConfig:
                 raise ValueError(
                     f"HeadPruneConfig: expected {name} to be one of {allowed}. Got {getattr(self, name)!r}."
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dict of JSON values that `from_dict` reads."""
-        return {"kind": self.KIND, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "HeadPruneConfig":
-        """The config of `to_dict`'s record.
-
-        Raises:
-            ValueError: an unknown kind, version or field, or a value that is not allowed.
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"HeadPruneConfig: expected a mapping. Got {type(values).__name__}.")
-        values = dict(values)
-        kind = values.pop("kind", cls.KIND)
-        if kind != cls.KIND:
-            raise ValueError(f'HeadPruneConfig: expected kind "{cls.KIND}". Got {kind!r}.')
-        # The version comes first: a newer record may well have fields that this one does not know.
-        if "version" in values and values["version"] != 1:
-            raise ValueError(f"HeadPruneConfig: expected version 1. Got {values['version']!r}.")
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"HeadPruneConfig: expected fields among {sorted(known)}. Got {unknown}.")
-        return cls(**values)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
