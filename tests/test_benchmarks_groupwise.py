@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import engines, groupings, groupwise, opening, plots, results, tables
+from benchmarks import engines, groupings, groupwise, opening, plots, readme_table, results, tables
 from bertkern.cli import main
 
 
@@ -65,3 +65,16 @@ def test_a_run(tmp_path, capsys):
 def test_mistakes_are_explained(capsys):
     assert main(["bench", "groupwise", "--groupings", "4x4"]) != 0
     assert "grouping: expected BITSnGROUPS" in capsys.readouterr().err
+
+
+def test_the_readme_shows_the_layer_with_the_most_outputs(tmp_path):
+    run = results.Run("groupwise-1t", "a processor", "avx512vnni", 1, facts={"rounds": 3})
+    for shape, gain in (("1x768x768", 1.5), ("1x3072x768", 1.9), ("128x3072x768", 0.96)):
+        at = (groupwise.AXIS, f"{shape} 4n128")
+        run.add("groupwise", "bertkern-int8 / bertkern-groupwise-int8", "ratio", at, (gain,) * 3)
+    run.add("groupwise", "torch-int4 / bertkern-groupwise-int8", "ratio", (groupwise.AXIS, "1x3072x768 4n128"), (2.5,) * 3)
+    run.save(tmp_path)
+    text = readme_table.table(tmp_path)
+    assert "| Group-wise weights (M x N x K) | 1x3072x768 | 128x3072x768 |" in text
+    assert "| **bertkern-groupwise-int8** 4n128, times bertkern-int8 | 1.90x | 0.96x |" in text
+    assert "| **bertkern-groupwise-int8** 4n128, times torch-int4 | 2.50x | - |" in text
