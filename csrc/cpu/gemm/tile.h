@@ -64,8 +64,11 @@ BK_INLINE void finish(typename Dot::Acc (&acc)[MR][kVectors], int64_t j, const T
     o.residual ? store<Dot, MR, true, false, kStride>(acc, j, o) : store<Dot, MR, false, false, kStride>(acc, j, o);
 }
 
+// Where few groups of rows pass over a panel, as a step of `ahead` tells. Where many do, the last tile's output is still
+// being written when the next one begins, and lines fetched in between only hold it up.
 template <int MR>
 BK_INLINE void fetch_output(const TileOutput& o) {
+  if (o.ahead_step == 0) return;
   const int64_t bytes = o.bf16 ? 2 : 4;
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
