@@ -11,6 +11,12 @@ from torch import Tensor
 
 from .canonical import LARGEST, VALUES, CanonicalWeight, check_index, dense_weight, pointers, row_of
 
+# What `smallest` looks at, and the share of a dense file that it has to save.
+_BLOCKS = ((1, 1), (1, 2), (1, 4), (4, 1), (1, 8), (4, 4), (16, 1), (8, 8), (16, 4), (16, 16), (32, 32), (64, 64))
+_LEAST_SAVED = 0.1
+# Of crow and col.
+_INDEX_BYTES = 4
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BsrWeight(CanonicalWeight):
@@ -61,6 +67,36 @@ class BsrWeight(CanonicalWeight):
         blocks = weight.reshape(rows, br, columns, bc).permute(0, 2, 1, 3)
         values = blocks[row, col].contiguous()
         return cls(pointers(kept.sum(1)), col.to(torch.int32), values, (n, k))
+
+    @classmethod
+    def smallest(cls, weight: Tensor) -> BsrWeight | None:
+        """`weight` [N, K] in the blocks of which a file is the smallest, or None where they save less than a tenth.
+
+        The choice depends on the places of the zeros and on nothing else.
+
+        Raises:
+            ValueError: weight is no matrix of a dtype that weights have.
+
+        Example:
+            >>> BsrWeight.smallest(torch.eye(64).repeat_interleave(4, 1)).block
+            (1, 4)
+        """
+        weight = dense_weight("BsrWeight.smallest", weight)
+        nonzero, size = weight != 0, weight.dtype.itemsize
+        least = (1 - _LEAST_SAVED) * weight.nbytes
+        if int(nonzero.count_nonzero()) * size >= least:
+            return None
+        best = None
+        for br, bc in _BLOCKS:
+            n, k = (-(-side // of) * of for side, of in zip(weight.shape, (br, bc), strict=True))
+            if n * k > LARGEST:
+                continue
+            padded = torch.nn.functional.pad(nonzero, (0, k - weight.shape[1], 0, n - weight.shape[0])).contiguous()
+            kept = int(_any(padded, br, bc).count_nonzero())
+            nbytes = kept * (br * bc * size + _INDEX_BYTES) + (n // br + 1) * _INDEX_BYTES
+            if nbytes < least:
+                least, best = nbytes, (br, bc)
+        return None if best is None else cls.from_dense(weight, best)
 
     def to_dense(self) -> Tensor:
         """[N, K], dtype of the values."""

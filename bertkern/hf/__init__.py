@@ -20,8 +20,17 @@ from ..ragged import RaggedConfig
 from ..record import record_of
 from ..schemes import scheme_under
 from .files import damage, of_body
-from .record import METHOD, BertkernConfig, describe
-from .skeleton import build_skeleton, check_shapes, check_values, drop_ties, fill_stand_ins, shape_as, tie_loaded
+from .record import METHOD, BertkernConfig, describe, write_blocks
+from .skeleton import (
+    build_skeleton,
+    check_shapes,
+    check_values,
+    drop_ties,
+    fill_stand_ins,
+    shape_as,
+    take_blocks,
+    tie_loaded,
+)
 
 __all__ = ["BertkernConfig", "BertkernQuantizer", "attach", "damage", "detach", "of_body"]
 
@@ -43,6 +52,12 @@ class BertkernQuantizer(HfQuantizer):
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save_pretrained` writes; the config that it writes afterwards then tells of weights in blocks."""
+        state = model.state_dict()
+        self.quantization_config.layers = write_blocks(model, state, self.quantization_config.layers)
+        return state, {}
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
@@ -59,6 +74,7 @@ class BertkernQuantizer(HfQuantizer):
         from ..swap import accelerate
 
         config = self.quantization_config.config
+        take_blocks(model)
         fill_stand_ins(model)
         if isinstance(config, RaggedConfig):
             # A float model like any other, but for what its config records.

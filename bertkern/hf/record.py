@@ -1,16 +1,17 @@
 """What config.json holds of a model that bertkern quantized or narrowed."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import exchange, plan
 from ..ragged import RaggedConfig, checked_widths
-from ..schemes import SCHEMES, Scheme, scheme_under
+from ..schemes import SCHEMES, Scheme, scheme_of, scheme_under
 from ..surgery import family_tables
 
 METHOD = "bertkern"
@@ -85,6 +86,30 @@ def describe(model: nn.Module, config: Any = None) -> tuple[Any, dict[str, dict[
         if form is not None:
             told[name.removeprefix(f"{model.base_model_prefix}.")] = form
     return bare, told
+
+
+def write_blocks(
+    model: nn.Module, state: dict[str, Tensor], layers: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Puts weights with many zeros into `state`, the state dict of `model`, as their blocks, in place.
+
+    Args:
+        layers: of the model's record.
+
+    Returns:
+        `layers` with the blocks of these weights.
+    """
+    told = {name: {key: value for key, value in form.items() if key != "block"} for name, form in layers.items()}
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for name, module in plan.quantized_modules(model).items():
+        # A module in two places is in the file under the name of one.
+        blocks = scheme_of(module).blocks(module) if names[id(module)] == 1 else None
+        if blocks is not None and f"{name}.weight_codes" in state:
+            del state[f"{name}.weight_codes"]
+            state |= blocks.tensors(f"{name}.")
+            inner = name.removeprefix(f"{model.base_model_prefix}.")
+            told[inner] = {**told.get(inner, {}), "block": list(blocks.block)}
+    return {name: form for name, form in told.items() if form}
 
 
 def _checked_layers(scheme: Scheme, told: Any) -> dict[str, dict[str, Any]]:

@@ -113,7 +113,7 @@ def build_skeleton(model: nn.Module, record: BertkernConfig, files: Iterable[str
     ties = {
         name: source
         for name, source in tied.items()
-        if name in [*linears, *heads] and not {"weight_codes", "weight"} & held.get(name, {}).keys()
+        if name in [*linears, *heads] and not {"weight_codes", "weight", "values"} & held.get(name, {}).keys()
     }
     planned = [*linears, *(name for name in ties if name not in linears), *tables]
     if found is not None:
@@ -169,6 +169,12 @@ def _unplanned(model: nn.Module, planned: Iterable[str], found: Mapping[str, Hea
         f"{name}.weight_codes".removeprefix(base) for name, module in model.named_modules() if hasattr(module, "weight")
     }
     return [f"expected no {name}. Got it." for name in sorted(found) if name in here and name not in known]
+
+
+def take_blocks(model: nn.Module) -> None:
+    """Makes weights of what a file held as blocks; raises ValueError where the blocks are wrong."""
+    for name, module in plan.quantized_modules(model).items():
+        scheme_of(module).take_blocks(name, module)
 
 
 def tie_loaded(model: nn.Module, ties: Mapping[str, str]) -> None:

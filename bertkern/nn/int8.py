@@ -110,6 +110,7 @@ class Int8Linear(PackedCache, _Int8Weight):
 
     Training mode, other devices and gradients use the dequantized weight and leave activations as they are. With a
     sparse `form` the codes are held as their nonzero blocks; `weight_codes` and the state dict are dense all the same.
+    A state dict may hold `crow`, `col` and `values` of a `BsrWeight` instead of `weight_codes`, as files do.
 
     Example:
         >>> layer = Int8Linear.from_linear(nn.Linear(64, 32), Int8Config())
@@ -214,20 +215,48 @@ class Int8Linear(PackedCache, _Int8Weight):
         if form == self.form:
             return
         codes = self.weight_codes
+        self.form = form
+        if form == DENSE:
+            self._hold_codes(codes)
+            return
+        self._buffers.pop("weight_codes", None)
+        self._drop_blocks()
+        for name, tensor in BsrWeight.from_dense(codes, (form.rows, form.columns)).tensors().items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.stale()
+
+    def await_blocks(self, blocks: int, block: tuple[int, int]) -> None:
+        """Makes a layer without values wait for so many blocks instead of dense codes; `take_blocks` takes them."""
+        (br, bc), device = block, self.weight_codes.device
+        del self.weight_codes
+        for name, shape, dtype in (
+            ("crow", (-(-self.out_features // br) + 1,), torch.int32),
+            ("col", (blocks,), torch.int32),
+            ("values", (blocks, br, bc), torch.int8),
+        ):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+
+    def take_blocks(self) -> None:
+        """Makes dense codes of the blocks that have come; nothing to do where none were awaited.
+
+        Raises:
+            ValueError: `BsrWeight.check` finds something wrong.
+        """
+        if "values" in self._buffers and self.form == DENSE:
+            self._hold_codes(self.blocks().check().to_dense())
+
+    def _hold_codes(self, codes: Tensor) -> None:
+        self._drop_blocks()
+        # First again, as in the state dict.
+        others = list(self._buffers.items())
+        self._buffers.clear()
+        self._buffers.update({"weight_codes": codes, **dict(others)})
+        self.stale()
+
+    def _drop_blocks(self) -> None:
         for name in BsrWeight.TENSORS:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        self._buffers.pop("weight_codes", None)
-        self.form = form
-        if form == DENSE:
-            # First again, as in the state dict.
-            others = list(self._buffers.items())
-            self._buffers.clear()
-            self._buffers.update({"weight_codes": codes, **dict(others)})
-        else:
-            for name, tensor in BsrWeight.from_dense(codes, (form.rows, form.columns)).tensors().items():
-                self.register_buffer(name, tensor, persistent=False)
-        self.stale()
 
     def blocks(self) -> BsrWeight:
         """The codes as a sparse form holds them."""
@@ -244,11 +273,31 @@ class Int8Linear(PackedCache, _Int8Weight):
             destination[prefix + "weight_codes"] = self.weight_codes
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        metadata: dict,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         form = self.form
+        # As files hold weights with many zeros.
+        if prefix + "values" in state_dict and prefix + "weight_codes" not in state_dict:
+            shape = (self.out_features, self.in_features)
+            try:
+                weight = BsrWeight.from_tensors(state_dict, shape, prefix)
+            except ValueError as error:
+                errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
+                return
+            for name in BsrWeight.TENSORS:
+                del state_dict[prefix + name]
+            state_dict[prefix + "weight_codes"] = weight.to_dense()
         if prefix + "weight_codes" in state_dict:
             self.take_form(DENSE)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if form != self.form:
             self.take_form(form)
             self._repack()

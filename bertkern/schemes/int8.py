@@ -1,4 +1,24 @@
-"""int8 codes, a scale for each row or for all."""
+"""int8 codes, a scale for each row or for all.
+
+A file holds, of an int8 linear or table `<name>`, N x K:
+
+<name>.weight_codes       int8 [N, K]              in [-127, 127]
+<name>.weight_scale       fp32 [N] or [1]
+<name>.bias               fp32 [N]                 of a linear that has one
+<name>.input_scale        fp32 []                  of a linear; see `Int8Linear`
+<name>.input_zero_point   int32 []
+<name>.output_scale       fp32 []
+
+Of a linear with so many zeros that blocks br x bc of codes take less room, there are, in the place of weight_codes, the
+tensors of `bertkern.formats.BsrWeight`:
+
+<name>.crow               int32 [ceil(N / br) + 1]
+<name>.col                int32 [blocks]
+<name>.values             int8 [blocks, br, bc]
+
+and in config.json, in `quantization_config` under "layers": {"<name>": {"block": [br, bc]}}. Which block that is
+depends on the zeros alone; in which form the kernels take them is found anew where the file is loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Int8Config
+from ..formats.bsr import BsrWeight
 from ..nn import Int8Embedding, Int8Linear
 from ..nn.int8 import input_step
 from .scheme import Header, Scheme, expect
@@ -20,7 +41,7 @@ class Int8Scheme(Scheme):
     name = "int8"
     config = Int8Config
     linear, table = Int8Linear, Int8Embedding
-    tensors = ("weight_codes", "weight_scale", "input_scale", "input_zero_point", "output_scale")
+    tensors = ("weight_codes", "weight_scale", "input_scale", "input_zero_point", "output_scale", *BsrWeight.TENSORS)
 
     def tables(self, config: Int8Config) -> bool:
         return config.embeddings
@@ -75,6 +96,18 @@ class Int8Scheme(Scheme):
     def values(self, module: nn.Module) -> Tensor:
         return module.weight_codes
 
+    def blocks(self, module: nn.Module) -> BsrWeight | None:
+        # Those of a table's are in the file once, as the table's.
+        shared = "weight_codes" in module._non_persistent_buffers_set
+        return BsrWeight.smallest(module.weight_codes) if isinstance(module, Int8Linear) and not shared else None
+
+    def check_form(self, name: str, form: Any) -> dict[str, Any]:
+        block = form.get("block") if isinstance(form, Mapping) and set(form) == {"block"} else None
+        right = isinstance(block, (list, tuple)) and len(block) == 2 and all(type(side) is int for side in block)
+        if not right or min(block) < 1:
+            raise ValueError(f"Int8Config: expected the block of {name}, such as [16, 4]. Got {form!r}.")
+        return {"block": list(block)}
+
     def misfits(
         self,
         name: str,
@@ -87,10 +120,17 @@ class Int8Scheme(Scheme):
         problems: list[str] = []
         rows, columns = module.weight.shape
         if not tied:
-            expect(problems, name, held, "weight_codes", "torch.int8", [[rows, columns]], "[N, K]")
+            if _in_blocks(form, held):
+                br, bc = form["block"]
+                blocks = _blocks_in(held)
+                expect(problems, name, held, "crow", "torch.int32", [[-(-rows // br) + 1]], "[ceil(N / br) + 1]")
+                expect(problems, name, held, "col", "torch.int32", [[blocks]], "[blocks]")
+                expect(problems, name, held, "values", "torch.int8", [[blocks, br, bc]], "[blocks, br, bc]")
+            else:
+                expect(problems, name, held, "weight_codes", "torch.int8", [[rows, columns]], "[N, K]")
             expect(problems, name, held, "weight_scale", "torch.float32", [[rows], [1]], "[N]")
         if isinstance(module, nn.Linear):
-            for tensor, dtype in zip(self.tensors[2:], ("torch.float32", "torch.int32", "torch.float32"), strict=True):
+            for tensor, dtype in zip(self.tensors[2:5], ("torch.float32", "torch.int32", "torch.float32"), strict=True):
                 expect(problems, name, held, tensor, dtype, [[]], "[]")
             if module.bias is not None:
                 expect(problems, name, held, "bias", "torch.float32", [[rows]], "[N]")
@@ -107,10 +147,19 @@ class Int8Scheme(Scheme):
         made = self.make(module, config, names)
         if "weight_scale" in held:
             made.weight_scale = torch.empty(held["weight_scale"][1], dtype=torch.float32, device="meta")
+        if _in_blocks(form, held):
+            made.await_blocks(_blocks_in(held), tuple(form["block"]))
         return made
 
     def tie_loaded(self, linear: Int8Linear, table: Int8Embedding) -> None:
         linear.share(table)
+
+    def take_blocks(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, Int8Linear):
+            try:
+                module.take_blocks()
+            except ValueError as error:
+                raise ValueError(f"from_pretrained: {name}: {error}") from None
 
     def check_loaded(self, name: str, module: nn.Module) -> None:
         if module.weight_codes.numel() and int(module.weight_codes.min()) < -127:
@@ -119,3 +168,14 @@ class Int8Scheme(Scheme):
             values = getattr(module, tensor, None)
             if values is not None and not bool((torch.isfinite(values) & (values >= 0)).all()):
                 raise ValueError(f"from_pretrained: expected {name}.{tensor} finite and at least 0. Got others.")
+
+
+def _in_blocks(form: Mapping[str, Any], held: Mapping[str, Header]) -> bool:
+    """Whether a file holds blocks; a state dict saved beside the record of such a file has dense codes all the same."""
+    return "block" in form and "weight_codes" not in held
+
+
+def _blocks_in(held: Mapping[str, Header]) -> int:
+    """How many blocks a file holds of a module, by the shape of `values`."""
+    shape = held["values"][1] if "values" in held else []
+    return shape[0] if len(shape) == 3 else 0

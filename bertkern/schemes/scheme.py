@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..formats.bsr import BsrWeight
+
 # Of a tensor in a file: its dtype as torch names it, and its shape.
 Header = tuple[str, list[int]]
 # Modules by name, with the names that patterns may know them by.
@@ -114,6 +116,10 @@ class Scheme:
         """What `form` returned, as a file has it; raises ValueError where it is something else."""
         raise ValueError(f"{self.config.__name__}: expected no layers in its record. Got {name}.")
 
+    def blocks(self, module: nn.Module) -> BsrWeight | None:
+        """The weight of a linear as a file is to hold it in the place of `weight_codes`; None: dense."""
+        return None
+
     def misfits(
         self, name: str, module: nn.Module, config: Any, held: Mapping[str, Header], form: Mapping[str, Any], tied: bool
     ) -> list[str]:
@@ -139,6 +145,9 @@ class Scheme:
 
     def tie_loaded(self, linear: nn.Module, table: nn.Module) -> None:
         """Ties what `tied` made anew, when values have come."""
+
+    def take_blocks(self, name: str, module: nn.Module) -> None:
+        """Makes the weight of the blocks that a file brought, if it did; raises ValueError where they are wrong."""
 
     def check_loaded(self, name: str, module: nn.Module) -> None:
         """Raises ValueError where the values that a file brought cannot be."""

@@ -284,3 +284,32 @@ def test_right_weights_pass():
     for crow in ((0, 0, 0, 2), (0, 2, 2, 2), (0, 0, 2, 2), (0, 1, 2, 2)):
         weight = BsrWeight(index(*crow), index(0, 2), torch.zeros(2, 4, 8), (10, 20)).check()
         assert weight.to_dense().shape == (10, 20)
+
+
+class TestSmallest:
+    @pytest.mark.parametrize("block", [(1, 1), (1, 4), (4, 1), (16, 4), (32, 32), (64, 64)])
+    def test_it_finds_the_block_of_the_zeros(self, block):
+        weight = random((192, 256), 0.15, block).to(torch.int8)
+        made = BsrWeight.smallest(weight)
+        assert torch.equal(made.to_dense(), weight)
+        assert made.block == block
+        for other in BLOCKS:
+            assert made.nbytes <= BsrWeight.from_dense(weight, other).nbytes
+
+    @pytest.mark.parametrize("shape", [(70, 33), (1, 1), (1, 131), (131, 1), *EMPTY])
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+    def test_odd_shapes(self, shape, dtype):
+        weight = (random(shape, 0.05, (4, 4)) * 10).to(dtype)
+        made = BsrWeight.smallest(weight)
+        assert made is None or (torch.equal(made.to_dense(), weight) and made.nbytes < 0.9 * weight.nbytes)
+
+    def test_too_few_zeros(self):
+        assert BsrWeight.smallest(random((64, 64), 0.95, (16, 4)).to(torch.int8)) is None
+        # A quarter of the codes, scattered, need more room for their places than for themselves.
+        assert BsrWeight.smallest(random((64, 64), 0.25, (1, 1)).to(torch.int8)) is None
+        assert BsrWeight.smallest(random((64, 64), 0.25, (1, 1))).block == (1, 1)
+        assert BsrWeight.smallest(torch.zeros(64, 64)).values.numel() == 0
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match=r"BsrWeight.smallest: expected weight of shape \[N, K\]"):
+            BsrWeight.smallest(torch.zeros(4))
