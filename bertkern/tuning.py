@@ -35,6 +35,8 @@ _HOPELESS = 1.05
 # Steps along K that the kernels' lists can tell apart (kSparseDwords in csrc).
 _MOST_STEPS = 65536
 _PER_DWORD = {torch.int8: 4, torch.bfloat16: 2}
+# What reading a damaged file as JSON raises: no JSON, no text, or brackets without end.
+_UNREADABLE = (ValueError, RecursionError)
 # Features that share a pattern, by layout, and the cost model: time as a share of the dense kernel's, fixed part and
 # slope over the density of their micro-blocks. Fitted on one AVX-512 machine at 128 rows.
 _COSTS: dict[tuple[str, int], tuple[float, float]] = {
@@ -116,9 +118,10 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """The plan of a file; raises ValueError where it is none, OSError where it cannot be read."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            values = json.loads(Path(path).read_bytes())
+        except _UNREADABLE as error:
             raise ValueError(f"Plan: expected {str(path)!r} to be JSON. Got {error}.") from None
+        return cls.from_dict(values)
 
 
 def machine() -> dict[str, Any]:
@@ -249,8 +252,8 @@ class Times:
         self._shares: dict[str, float] = {}
         self._new = False
         try:
-            text = self.path.read_text()
-        except (OSError, UnicodeDecodeError):
+            text = self.path.read_bytes()
+        except OSError:
             return
         try:
             values = json.loads(text)
@@ -259,7 +262,7 @@ class Times:
             self._shares = {str(key): float(share) for key, share in values["shares"].items()}
             if not all(math.isfinite(share) and share > 0 for share in self._shares.values()):
                 raise ValueError("times that are none")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (*_UNREADABLE, TypeError, KeyError, AttributeError) as error:
             self._shares = {}
             warnings.warn(f"bertkern: {self.path} is made anew: {error}", stacklevel=4)
 

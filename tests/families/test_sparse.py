@@ -357,12 +357,16 @@ def test_a_sample_leaves_no_trace(monkeypatch):
     assert rows_seen(bk.accelerate(model.eval(), call), call) == rows
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 9}', '{"version": 1, "machine": {}, "shares": {}}'])
+# What may stand in a file that should hold JSON.
+NO_JSON = [b"", b"{", b"[]", b"\xff\x00\xfe", b"[" * 200_000]
+
+
+@pytest.mark.parametrize("damage", [*NO_JSON, b'{"version": 9}', b'{"version": 1, "machine": {}, "shares": {}}'])
 def test_a_damaged_file_of_times_is_made_anew(damage, monkeypatch, tmp_path):
     monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
     bk.accelerate(heavy(0.9))
     (path,) = tmp_path.glob("times-*.json")
-    path.write_text(damage)
+    path.write_bytes(damage)
     with pytest.warns(UserWarning, match="is made anew"):
         assert bk.plan_of(bk.accelerate(heavy(0.9))).layers["0"].measured
     with warnings.catch_warnings():
@@ -393,10 +397,11 @@ def test_a_plan_is_saved_and_followed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"version": 2}', '{"version": 1, "machine": {}, "layers": {"0": {"form": "diagonal"}}}']
+    "damage",
+    [*NO_JSON, b'{"version": 2}', b'{"version": 1, "machine": {}, "layers": {"0": {"form": "diagonal"}}}'],
 )
-def test_a_damaged_plan_is_made_anew(text, tmp_path):
-    (tmp_path / "plan.json").write_text(text)
+def test_a_damaged_plan_is_made_anew(damage, tmp_path):
+    (tmp_path / "plan.json").write_bytes(damage)
     with pytest.warns(UserWarning, match="the plan is made anew"):
         model = bk.accelerate(heavy(0.9), plan=tmp_path / "plan.json")
     assert isinstance(model[0], SparseLinear)
