@@ -47,7 +47,8 @@ def accelerate(
             projections it always is exact, and where a checkpoint prescribes requantized outputs.
         sparse: whether float weights may be kept as their nonzero blocks. They are parameters in training mode only
             then; False keeps every weight, so that gradients reach it in eval mode, too.
-        plan: what `bertkern.plan_of` gave for this model, or the file where it was saved, instead of measuring.
+        plan: what `bertkern.plan_of` gave for this model, or the file where it was saved: layers that it tells of are
+            not timed.
         measure: whether layers with zeros are timed, once a shape and density on a machine; else a cost model decides.
 
     Returns:
@@ -84,8 +85,11 @@ def run_by_kernels(
         unmask(model, record.masked)
         drop_dead(model)
     shared = _shared_weights(model)
-    times = tuning.Times() if measure and known is None else None
-    for choice in layers.choose(model, None):
+    choices = layers.choose(model, None)
+    known = tuning.naming(known, [*(choice.name for choice in choices), *quantized])
+    # Of layers that a plan does not tell of, too.
+    times = tuning.Times() if measure else None
+    for choice in choices:
         if choice.action == "packed":
             form = tuning.Choice(DENSE)
             if sparse:

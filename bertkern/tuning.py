@@ -11,7 +11,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ _MOST_STEPS = 65536
 _PER_DWORD = {torch.int8: 4, torch.bfloat16: 2}
 # What reading a damaged file as JSON raises: no JSON, no text, or brackets without end.
 _UNREADABLE = (ValueError, RecursionError)
+# Warnings name the line that called accelerate or quantize_, three calls above.
+_CALLER = 4
 # Features that share a pattern, by layout, and the cost model: time as a share of the dense kernel's, fixed part and
 # slope over the density of their micro-blocks. Fitted on one AVX-512 machine at 128 rows.
 _COSTS: dict[tuple[str, int], tuple[float, float]] = {
@@ -145,16 +147,31 @@ def usable(plan: "Plan | str | os.PathLike[str] | None") -> Plan | None:
         try:
             plan = Plan.load(plan)
         except (ValueError, OSError) as error:
-            warnings.warn(f"bertkern: the plan is made anew: {error}", stacklevel=3)
+            warnings.warn(f"bertkern: the plan is made anew: {error}", stacklevel=_CALLER)
             return None
     here = machine()
     differing = [key for key, value in here.items() if plan.machine.get(key) != value]
     if differing:
         warnings.warn(
-            f"bertkern: the plan is made anew: it was made with another {', '.join(differing)}.", stacklevel=3
+            f"bertkern: the plan is made anew: it was made with another {', '.join(differing)}.", stacklevel=_CALLER
         )
         return None
     return plan
+
+
+def naming(plan: Plan | None, names: Collection[str]) -> Plan | None:
+    """`plan`, if it tells of one of the layers `names`; else None, with a warning.
+
+    It then is of another model, or of one around or inside this.
+    """
+    if plan is None or not plan.layers or not names or plan.layers.keys() & set(names):
+        return plan
+    warnings.warn(
+        f"bertkern: the plan is made anew: it tells of {next(iter(plan.layers))} and others, none of which is a linear "
+        f"layer here, as {next(iter(names))} is.",
+        stacklevel=_CALLER,
+    )
+    return None
 
 
 def choose(
@@ -257,14 +274,16 @@ class Times:
             return
         try:
             values = json.loads(text)
-            if values["version"] != VERSION or values["machine"] != self.machine:
-                raise ValueError("another machine or version")
-            self._shares = {str(key): float(share) for key, share in values["shares"].items()}
-            if not all(math.isfinite(share) and share > 0 for share in self._shares.values()):
-                raise ValueError("times that are none")
-        except (*_UNREADABLE, TypeError, KeyError, AttributeError) as error:
-            self._shares = {}
-            warnings.warn(f"bertkern: {self.path} is made anew: {error}", stacklevel=4)
+            if not isinstance(values, dict):
+                raise ValueError("it holds no times.")
+            if values.get("version") != VERSION or values.get("machine") != self.machine:
+                raise ValueError("it is of another machine or version.")
+            shares = values.get("shares")
+            if not isinstance(shares, dict) or not all(map(_is_share, shares.values())):
+                raise ValueError("it holds no times.")
+            self._shares = shares
+        except _UNREADABLE as error:
+            warnings.warn(f"bertkern: {self.path} is made anew: {error}", stacklevel=_CALLER)
 
     def get(self, key: str) -> float | None:
         """The share kept under `key`."""
@@ -289,6 +308,10 @@ class Times:
         except OSError:
             return
         self._new = False
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def _fastest(forms: Sequence[Form], shares: Mapping[str, float], measured: bool) -> Choice:

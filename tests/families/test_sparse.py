@@ -412,12 +412,35 @@ def test_a_plan_of_another_machine_or_no_plan_at_all():
     with pytest.warns(UserWarning, match="made with another isa"):
         model = bk.accelerate(heavy(0.9), plan=other)
     assert model[0].form != Form("tokens", 2, 8)
-    with pytest.warns(UserWarning, match="the plan is made anew"):
+    with pytest.warns(UserWarning, match="the plan is made anew") as caught:
         bk.accelerate(heavy(0.9), plan="nowhere.json")
+        bk.quantize_(heavy(0.9), plan="nowhere.json")
+    assert [warning.filename for warning in caught] == [__file__] * 2
     with pytest.raises(TypeError, match=r"expected plan to be a Plan or the path of one. Got int"):
         bk.accelerate(heavy(0.9), plan=3)
     with pytest.raises(ValueError, match="expected an accelerated model"):
         bk.plan_of(heavy(0.9))
+
+
+def test_a_plan_of_another_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
+    inner, around = heavy(0.9), nn.Sequential(heavy(0.9))
+    plan = bk.plan_of(bk.accelerate(around))
+    with pytest.warns(UserWarning, match=r"made anew: it tells of 0\.0 and others, .* as 0 is") as caught:
+        made = bk.plan_of(bk.accelerate(inner, plan=plan)).layers["0"]
+    assert made.measured and isinstance(inner[0], SparseLinear)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_layers_that_a_plan_does_not_tell_of_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
+    model = nn.Sequential(heavy(0.9)[0], nn.Linear(512, 256), nn.ReLU())
+    with torch.no_grad():
+        model[1].weight[:, 64:] = 0
+    plan = tuning.Plan({"0": tuning.Choice(Form("tokens", 2, 8))})
+    layers = bk.plan_of(bk.accelerate(model.eval(), plan=plan)).layers
+    assert layers["0"].form == Form("tokens", 2, 8) and layers["1"].measured
+    assert bk.plan_of(bk.accelerate(heavy(0.9), plan=tuning.Plan({}), measure=False)).layers["0"].measured is False
 
 
 def test_tied_and_nan_weights():
