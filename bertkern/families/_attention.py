@@ -5,6 +5,7 @@ A sequence without a single token tells transformers' own implementations apart:
 zeros, eager the mean of all values. So what was eager becomes "bertkern_eager", whose plain path is eager's formula.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -114,7 +115,26 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
 
 
+def bertkern_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask under attn_implementation="bertkern".
+
+    transformers takes a name that was registered for models, too, whose attention is not looked up by it, such as
+    MPNet: these go on adding the mask to their scores.
+    """
+    module = type(kwargs.get("config")).__module__
+    if not _looks_attention_up(module):
+        return eager_mask(*args, **kwargs)
+    return padding_mask(sdpa_mask, *args, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+def _looks_attention_up(module: str) -> bool:
+    """Whether the models of a config, defined in `module`, look their attention up by its name."""
+    modeling = sys.modules.get(module.replace(".configuration_", ".modeling_"))
+    return module.count(".configuration_") != 1 or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
+
+
 AttentionInterface.register(NAMES["sdpa"], bertkern_attention)
-AttentionMaskInterface.register(NAMES["sdpa"], partial(padding_mask, sdpa_mask))
+AttentionMaskInterface.register(NAMES["sdpa"], bertkern_mask)
 AttentionInterface.register(NAMES["eager"], eager_attention)
 AttentionMaskInterface.register(NAMES["eager"], partial(padding_mask, eager_mask))

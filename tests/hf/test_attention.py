@@ -122,6 +122,28 @@ def same(got, expected, call, tolerance=2e-5):
         )
 
 
+@pytest.mark.parametrize("name", ["MPNetModel", "BloomModel", "MegatronBertModel"])
+@pytest.mark.parametrize("kind", ("none", "trailing", "left", "holes"))
+def test_models_whose_attention_is_not_looked_up_by_name(name, kind, tmp_path):
+    """transformers takes the name for these, too; they stay what they are."""
+    if name == "MPNetModel":
+        model = make(name)
+    else:
+        config = getattr(transformers, name.replace("Model", "Config"))
+        torch.manual_seed(0)
+        sizes = {**_BERT, "n_head": 2, "n_layer": 2, "pad_token_id": 1, "max_position_embeddings": 40}
+        model = getattr(transformers, name)(config(**sizes)).eval()
+    call = batch(kind)
+    model.save_pretrained(tmp_path)
+    named = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="bertkern")
+    real = call["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**call).last_hidden_state[real]
+        torch.testing.assert_close(named(**call).last_hidden_state[real], expected, atol=2e-5, rtol=1e-4)
+        got = bk.accelerate(named)(**call).last_hidden_state[real]
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", INTERFACE)
 def test_encoders_that_nobody_swapped(family, kind):
