@@ -409,6 +409,52 @@ def test_heads_may_lack_and_old_names_may_stand(capsys, copy):
     assert second == f"{copy} holds cls.predictions.bias, which BertForSequenceClassification has no place for"
 
 
+def without_heads(model):
+    from tests import pruned_exports
+
+    gone = {0: [1, 3], 1: [0]}
+    return pruned_exports.without_heads(model, gone), {"pruned_heads": {str(k): v for k, v in gone.items()}}
+
+
+def in_blocks(model):
+    from tests import pruned_exports
+
+    state = dict(model.state_dict())
+    weight = state.pop("bert.encoder.layer.0.intermediate.dense.weight")
+    parts = pruned_exports.block_sparse(weight, seed=0)
+    return {**state, **{f"bert.encoder.layer.0.intermediate.dense.weight.{k}": v for k, v in parts.items()}}, {}
+
+
+@pytest.mark.parametrize("export", [without_heads, in_blocks])
+def test_checkpoints_of_papers_are_read(export, capsys, tiny_model, tmp_path):
+    import torch
+    import transformers
+
+    import bertkern
+    from tests.pruned_exports import config_of, write
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model).eval()
+    state, more = export(model)
+    write(tmp_path / "in", state, config_of(model, **more))
+    expected = bertkern.quantize_(bertkern.load_checkpoint(tmp_path / "in"))
+    status, out, err = run(capsys, "inspect", str(tmp_path / "in"))
+    assert (status, err) == (0, "") and "bert.encoder.layer" in out
+    status, _, err = run(capsys, "quantize", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert status == 0, err
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    ids = torch.arange(14).view(2, 7)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected(ids).logits)
+    status, out, err = run(capsys, "prune", str(tmp_path / "in"), "--sparsity", "0.5", "--out", str(tmp_path / "half"))
+    assert status == 0 and "are zero: 50.0%" in out, err
+    status, _, err = run(capsys, "inspect", str(tmp_path / "half"))
+    assert status == 0, err
+    name = next(name for name in state if name.endswith("bias") and "query" in name)
+    write(tmp_path / "in", {k: v for k, v in state.items() if k != name}, config_of(model, **more))
+    status, out, err = run(capsys, "inspect", str(tmp_path / "in"))
+    assert (status, out) == (1, "") and re.match(f"bertkern: MODEL: {tmp_path}/in: .*{name}", err), err
+
+
 def test_what_is_missing_is_named(capsys, monkeypatch, tiny_model):
     monkeypatch.setitem(sys.modules, "transformers", None)
     status, _, err = run(capsys, "inspect", str(tiny_model))

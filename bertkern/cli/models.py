@@ -45,7 +45,7 @@ def save_model(model: Any, source: str, out: Path) -> int:
 
 
 def load_model(name: str) -> Any:
-    """The model in the class that its config names, in eval mode.
+    """The model in the class that its config names, in eval mode; of a folder also what `load_checkpoint` reads.
 
     A pooler or head that its files lack starts anew, and a line on stderr says so.
 
@@ -60,9 +60,15 @@ def load_model(name: str) -> Any:
         raise UsageError(f"MODEL: expected a folder with a config.json. Got {got}.")
     import transformers
 
-    import bertkern  # noqa: F401 - registers the quantizer, so that int8 models load too
+    import bertkern
 
     source = str(path) if local else name
+    if local and _of_a_paper(path):
+        try:
+            with _silent_transformers():
+                return bertkern.load_checkpoint(path)
+        except ValueError as error:
+            raise RuntimeError(f"MODEL: {source}: {first_line(error)}") from error
     with _silent_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(source)
@@ -83,6 +89,14 @@ def load_model(name: str) -> Any:
             raise RuntimeError(f"MODEL: {source}: {_reason(error)}") from error
     _check_fit(source, model, found)
     return model.eval()
+
+
+def _of_a_paper(path: Path) -> bool:
+    """Whether a folder is a checkpoint that only `load_checkpoint` reads, such as one of nn_pruning."""
+    from bertkern.checkpoints import FORMATS
+    from bertkern.checkpoints.dense import DENSE
+
+    return any(row.detect(path) for row in FORMATS if row is not DENSE)
 
 
 def _reason(error: Exception) -> str:
