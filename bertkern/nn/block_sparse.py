@@ -182,6 +182,11 @@ class BlockSparseLinear(PackedCache, nn.Module):
             self.index = None  # `to_empty` leaves anything there; a forward pass says what is wrong
 
     def forward(self, x: Tensor) -> Tensor:
+        # The operator takes K from x: one that is wrong may have as many blocks.
+        if not x.dim() or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"BlockSparseLinear: expected x of shape [..., K] = [..., {self.in_features}]. Got {list(x.shape)}."
+            )
         index = self.index
         if index is None:
             index = block_index(self.to_weight())

@@ -292,6 +292,15 @@ def test_operator_refuses(change, message):
         ops.block_sparse_linear(out_features=8, **{**arguments, **change})
 
 
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("shape", [(5, 69), (5, 71), (2, 3, 33), ()])
+def test_another_width_is_refused(shape, mode):
+    """One with as many blocks, too, of which the operator cannot tell."""
+    layer = made((16, 16), 40, 70, torch.float32).train(mode)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"expected x of shape \[..., K\] = \[..., 70\]. Got"):
+        layer(torch.zeros(shape))
+
+
 # --- what a module has to survive ----------------------------------------------------------------------------------
 
 
