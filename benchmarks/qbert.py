@@ -2,6 +2,7 @@
 
     python -m bertkern bench qbert
     python -m bertkern bench qbert --only "STS-B 3n128,STS-B 2k64"
+    python -m bertkern bench qbert --finished
     python -m bertkern bench qbert --quick
 
 all-MiniLM-L6-v2 on the STS Benchmark (Spearman), and fine-tuned on Rotten Tomatoes (accuracy). 4n128 means 4 bits in
@@ -9,15 +10,17 @@ all-MiniLM-L6-v2 on the STS Benchmark (Spearman), and fine-tuned on Rotten Tomat
 Hessian, by the reversed order or at random. Activations have 8 bits, tables too; pooler and head stay float. After
 training: ranges from the smallest to the largest weight (minmax), of the least squared error (mse), and compensated by
 512 sentences of the training set. In training (qat): once more through the training set, from the trained model, beside
-the float model trained as long (trained); three seeds on STS-B. Rows are kept as they are made, in the user's cache: a
-run that was stopped goes on. At last the speed of sentences in batches of 32.
+the float model trained as long (trained). Three seeds of training, and of random orders. Rows are kept as they are
+made, in the user's cache: a run that was stopped goes on, and several may run at once with rows of their own (--only).
+At last the speed of sentences in batches of 32. --finished makes no more rows: those that are there, and the speed.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +41,9 @@ GROUPINGS = tuple(f"{bits}{groups}" for groups in ("n1", "n12", "n128", "n384", 
 MIXED = ("2/4n128", "2/3n128")
 ORDERS = ("sensitivity", "reversed", "random")
 AFTER = ("minmax", "mse", "compensate")
-TRAINED = ("4n128", "3n128", "2k64", "2/4n128 sensitivity", "2/4n128 reversed")
+# What training is shown with: on both tasks, and on the first alone.
+TRAINED = ("2k64", *(f"2/4n128 {order}" for order in ORDERS), "4n128", "3n128", "2n128")
+TRAINED_ONCE = ("4n1", "4n12", "4n384", *(f"2/3n128 {order}" for order in ORDERS))
 SEEDS = (0, 1, 2)
 QUICK = ("4n128", "2k64", "2/4n128 sensitivity")
 SPEEDS = ("8n128", "4n128", "3n128", "2n128", "4k64", "2k64")
@@ -47,6 +52,7 @@ CALIBRATION = 512  # sentences
 OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "only": ("only", lambda text: text.split(",")),
     "quick": ("quick", bool),
+    "finished": ("finished", bool),
 }
 
 
@@ -57,7 +63,7 @@ class Case:
     Attributes:
         form: `4n128`, or `2/4n128 sensitivity`; "fp32" for the float model.
         method: of `AFTER`, "qat", "trained" (the float model after as much training), or "as is".
-        seed: of training; 0 elsewhere.
+        seed: of training and of random orders; 0 elsewhere.
     """
 
     task: str
@@ -91,21 +97,24 @@ def cases(quick: bool) -> Iterator[Case]:
     mixed = [f"{form} {order}" for form in MIXED for order in ORDERS]
     for task in TASKS:
         yield Case(task, FLOAT, "as is", quick=quick)
-        forms = QUICK if quick else (*GROUPINGS, *mixed)
-        for form in forms:
+        for form in QUICK if quick else (*GROUPINGS, *mixed):
             # On the second task the rows of the paper's own groups and ours do.
             few = task == TASKS[0] or "n128" in form or "k64" in form
             for method in AFTER if few else AFTER[:2]:
-                yield Case(task, form, method, quick=quick)
-    for task in TASKS:
-        for form in (FLOAT, *(QUICK if quick else TRAINED)):
-            for seed in SEEDS[:1] if quick else SEEDS if task == TASKS[0] else SEEDS[:1]:
-                yield Case(task, form, "trained" if form == FLOAT else "qat", seed, quick)
+                for seed in SEEDS if form.endswith("random") else SEEDS[:1]:
+                    yield Case(task, form, method, seed, quick)
+    parts = [(task, (FLOAT, *(QUICK if quick else TRAINED))) for task in TASKS]
+    for some in [parts] if quick else [parts, [(TASKS[0], TRAINED_ONCE)]]:
+        for seed in SEEDS[:1] if quick else SEEDS:
+            for task, forms in some:
+                for form in forms:
+                    yield Case(task, form, "trained" if form == FLOAT else "qat", seed, quick)
 
 
 def run(
     only: Sequence[str] | None = None,
     quick: bool = False,
+    finished: bool = False,
     threads: int = 2,
     rounds: int = ROUNDS,
     seconds: float = 0.2,
@@ -118,11 +127,12 @@ def run(
     Args:
         only: of the rows `TASK FORM METHOD` those that hold one of these texts; then nothing is timed.
         quick: few rows, little data, one seed: shows that all of it runs.
+        finished: of the rows only those that earlier runs have made.
 
     Returns: rows with metrics spearman or accuracy, size_mb, and of STS-B sentences_s and ratio.
 
     Raises:
-        ValueError: no row holds a text of `only`.
+        ValueError: no row holds a text of `only`, or none is finished.
     """
     wanted = [case for case in cases(quick) if only is None or any(text in str(case) for text in only)]
     if not wanted:
@@ -133,19 +143,27 @@ def run(
     made.facts = {"model": "all-MiniLM-L6-v2", "quick": quick}
     cache = fetch.cache_dir() / "qbert"
     cache.mkdir(parents=True, exist_ok=True)
-    kept, before = Kept(cache / "rows.jsonl"), torch.get_num_threads()
+    rows, before = Kept(cache / "rows.jsonl"), torch.get_num_threads()
+    left = [case for case in wanted if case not in rows]
+    if finished:
+        wanted, left = [case for case in wanted if case in rows], []
+        if not wanted:
+            raise ValueError(f"finished: expected rows of an earlier run in {cache}. Got none.")
+    elif len(left) < len(wanted):
+        report(f"{len(wanted) - len(left)} of {len(wanted)} rows are there already, from {cache}.")
     torch.set_num_threads(threads)
     try:
         scores = Scores(cache, quick, tick)
-        for done, case in enumerate(wanted):
+        for done, case in enumerate(left, len(wanted) - len(left)):
             if tick:
                 tick(str(case), done, len(wanted))
-            if case not in kept:
-                kept[case] = scores.of(case)
-                report(f"{case}, seed {case.seed}: {kept[case]['score']:.4f}")
+            start = time.monotonic()
+            found = scores.of(case)
+            rows[case] = {**found, "seconds": round(time.monotonic() - start)}
+            report(f"{case}, seed {case.seed}: {found['score']:.4f} after {rows[case]['seconds']} s")
     finally:
         torch.set_num_threads(before)
-    _record(made, wanted, kept)
+    _record(made, wanted, rows)
     if only is None:
         _time(made, threads, rounds, seconds, python, report, tick)
     return made
@@ -157,8 +175,10 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self._path, self._rows = path, {}
         for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-            row = json.loads(line)
-            self._rows[row["key"]] = row
+            # The last line may be half of one where a run was killed.
+            with suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                self._rows[row["key"]] = row
 
     def __contains__(self, case: Case) -> bool:
         return self._key(case) in self._rows
@@ -168,8 +188,9 @@ class Kept:
 
     def __setitem__(self, case: Case, found: dict[str, Any]) -> None:
         row = {"key": self._key(case), **found}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self._path.open("a+b") as file:
+            whole = not file.tell() or self._path.read_bytes().endswith(b"\n")
+            file.write(("" if whole else "\n").encode() + json.dumps(row).encode() + b"\n")
         self._rows[row["key"]] = row
 
     @staticmethod
@@ -238,6 +259,7 @@ class Scores:
             average_bits=sum(case.widths) / 2,
             rule="sorted",
             order=case.order,
+            seed=case.seed,
             progress=False,
         )
         return config_of(case.grouping, **how, layer_bits=chosen.layer_bits), chosen.average_bits

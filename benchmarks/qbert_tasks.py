@@ -110,15 +110,22 @@ class Task:
         """Labelled batches of the training set."""
         return [self.collate(self.examples[i * BATCH : (i + 1) * BATCH]) for i in range(count)]
 
-    def train(self, model: nn.Module, seed: int, callbacks: Iterable[Any] = (), rate: float | None = None) -> nn.Module:
-        """The model after training once through the examples, in evaluation mode."""
+    def train(
+        self,
+        model: nn.Module,
+        seed: int,
+        callbacks: Iterable[Any] = (),
+        rate: float | None = None,
+        passes: int = 1,
+    ) -> nn.Module:
+        """The model after training so many times through the examples, in evaluation mode."""
         from transformers import Trainer, TrainingArguments, set_seed
 
         set_seed(seed)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = TrainingArguments(
                 output_dir=scratch,
-                max_steps=self.steps,
+                max_steps=passes * self.steps,
                 per_device_train_batch_size=1,  # an example is a batch already
                 learning_rate=rate or self.learning_rate,
                 warmup_steps=self.steps // 10,
@@ -211,12 +218,15 @@ class RottenTomatoes(Task):
         if not (kept / "config.json").is_file():
             set_seed(seed)
             fresh = AutoModelForSequenceClassification.from_pretrained(self.folder, num_labels=2, dtype=torch.float32)
-            for _ in range(2):
-                self.train(fresh, seed, rate=self.FIRST_RATE)
+            self.train(fresh, seed, rate=self.FIRST_RATE, passes=2)
             with tempfile.TemporaryDirectory(dir=self.cache) as scratch:
                 made = Path(scratch) / "model"
                 fresh.save_pretrained(made)
-                made.rename(kept)
+                try:
+                    made.rename(kept)
+                except OSError:
+                    if not (kept / "config.json").is_file():  # else another run has just made the same
+                        raise
         return AutoModelForSequenceClassification.from_pretrained(kept, dtype=torch.float32).eval()
 
     def trainable(self, model: nn.Module) -> nn.Module:

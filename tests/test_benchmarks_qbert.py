@@ -49,7 +49,14 @@ def test_rows_are_each_once_and_cover_the_tables():
             *qbert.GROUPINGS,
             *(f"{form} {order}" for form in qbert.MIXED for order in qbert.ORDERS),
         }
-    assert {row.seed for row in sts if row.method == "qat" and row.form == "2k64"} == set(qbert.SEEDS)
+    for row in rows:
+        drawn = row.method in ("qat", "trained") or row.form.endswith("random")
+        same = {
+            other.seed for other in rows if (other.task, other.form, other.method) == (row.task, row.form, row.method)
+        }
+        assert same == (set(qbert.SEEDS) if drawn else {0})
+    trained = {task: {row.form for row in rows if row.method == "qat" and row.task == task} for task in qbert.TASKS}
+    assert trained["STS-B"] == {*qbert.TRAINED, *qbert.TRAINED_ONCE} and trained["Rotten Tomatoes"] == {*qbert.TRAINED}
     assert len(list(qbert.cases(quick=True))) < 0.2 * len(rows)
 
 
@@ -68,10 +75,28 @@ def test_a_stopped_run_goes_on(scored, tmp_path):
     assert row.config["scores"] == [0.775, 0.785, 0.795] and row.config["average_bits"] == 4
 
 
+def test_a_killed_run_goes_on_and_what_is_finished_is_shown(scored, tmp_path):
+    with pytest.raises(ValueError, match=r"finished: expected rows of an earlier run in .*qbert. Got none"):
+        qbert.run(only=["STS-B 4n128"], finished=True, threads=1)
+    qbert.run(only=["STS-B 4n128 m"], threads=1)
+    path = tmp_path / "bertkern" / "qbert" / "rows.jsonl"
+    path.write_text(path.read_text()[:-20])
+    told = []
+    shown = qbert.run(only=["STS-B 4n128"], finished=True, threads=1, report=told.append)
+    assert len(scored) == 2 and [row.provider for row in shown.rows] == ["minmax", "minmax"]
+    qbert.run(only=["STS-B 4n128 m"], threads=1, report=told.append)
+    assert [str(case) for case in scored[2:]] == ["STS-B 4n128 mse"]
+    assert told[0].startswith("1 of 2 rows are there already") and "STS-B 4n128 mse, seed 0: 0.7" in told[1]
+    shown = qbert.run(only=["STS-B 4n128"], finished=True, threads=1)
+    assert len(scored) == 3 and [row.provider for row in shown.rows] == ["minmax"] * 2 + ["mse"] * 2
+
+
 def test_tables_and_plot_and_files(scored, tmp_path):
     from rich.console import Console
 
     run = qbert.run(only=["n128", "fp32", "k64"], threads=1)
+    random = run.find("qat", "spearman", "STS-B 2/4n128 random")
+    assert random.config["seeds"] == 3
     run.add("qbert", "torch-fp32", "sentences_s", ("sentences a call", "32"), (100.0, 90.0, 110.0))
     run.add("qbert", "bertkern-groupwise:4n128", "sentences_s", ("sentences a call", "32"), (321.0, 300.0, 330.0))
     run.add("qbert", "torch-fp32 / bertkern-groupwise:4n128", "ratio", ("sentences a call", "32"), (3.21, 3.0, 3.3))

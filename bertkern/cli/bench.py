@@ -76,8 +76,9 @@ OPTIONS = {
     "tokens": "importance, hessian: of a sentence; default 128, 64",
     "only": "qbert: rows TASK FORM METHOD that hold one of these, such as 'STS-B 4n128,2k64 qat'; default all",
     "quick": "qbert: few rows and little data, to see that all of it runs",
+    "finished": "qbert: only the rows that earlier runs have made, stopped ones too",
 }
-FLAGS = ("quick",)
+FLAGS = ("quick", "finished")
 
 
 def add(commands: Any) -> None:
