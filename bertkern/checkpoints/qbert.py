@@ -6,7 +6,7 @@ For each linear layer [N, K] of the encoder, and each embedding table, there sta
     x_min, x_max    fp32 [K] or [1]   of each input feature: equal for those of a group, and for all outputs. [1] and 0:
                                       the layer never ran, and its first run would take the ranges of the weight
 
-and config.json holds
+and config.json holds, or the other JSON file that their training was given (--config_dir)
 
     layer_bits            {"layer.0.attention.self.query": 4, ...}: 2 to 8, or 32 of layers that stay fp32
     emb_bits, embed_bits  {"word_embeddings": 8, ...}
@@ -21,7 +21,9 @@ Source: Shen et al. 2019, Q-BERT, arXiv 1909.05840; sIncerass/QBERT, quant_modul
 quantization_utils/quant_utils.py; BohanZhai/zero_shot_quant, config/quant_bert_base.json.
 """
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from transformers import PreTrainedModel
 
 from bertkern.formats.groupwise import GroupwiseWeight, group_ranges, group_size_of
 
-from .files import find_weights, read_config, read_weights
+from .files import find_weights, names_of, read_config, read_json, read_weights
 from .format import CheckpointFormat
 from .low_bit import finish, grouped, run_of
 from .models import build
@@ -76,16 +78,25 @@ def qbert_weight(weight: Tensor, x_min: Tensor, x_max: Tensor, bits: int) -> Gro
     return grouped(codes, scale[None, ::size].contiguous(), -shift[None, ::size].contiguous(), bits, size)
 
 
-def load(path: Path, *, model_class: type[PreTrainedModel] | None = None, activation: str | None = None) -> nn.Module:
+def load(
+    path: Path,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    activation: str | None = None,
+    bits: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+) -> nn.Module:
     """The model with low-bit weights as training saw them; layers of 32 bits, pooler and head stay fp32.
 
     Args:
         path: the folder, or the file of weights in it.
         model_class: the transformers class; where the file has a classifier, config.json seldom names it.
-        activation: "dynamic" or "float", of the low-bit layers' inputs; None: what config.json says.
+        activation: "dynamic" or "float", of the low-bit layers' inputs; None: what the file of the bits says.
+        bits: the JSON file with `layer_bits` and the other keys above, or its values. None: config.json, or where that
+            has none of them the one JSON file beside it that has.
     """
     tensors, folder = read_weights(path)
     values = read_config(folder)
+    values |= _given(bits, folder, values)
     activation = _activation(values, activation)
     if "classifier.weight" in tensors and not {"num_labels", "id2label"} & set(values):
         values["num_labels"] = len(tensors["classifier.weight"])
@@ -107,6 +118,54 @@ def load(path: Path, *, model_class: type[PreTrainedModel] | None = None, activa
     return finish(model, rest, weights, problems, activation)
 
 
+def _given(
+    bits: str | os.PathLike[str] | Mapping[str, Any] | None, folder: Path, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is said about bits outside of config.json, which `bits` replaces.
+
+    Raises:
+        FileNotFoundError, ValueError: no file, or none that says anything, or several.
+    """
+    if bits is not None:
+        if not isinstance(bits, Mapping) and not Path(bits).is_file():
+            raise FileNotFoundError(f"load_checkpoint: expected bits to be a JSON file. Got {str(bits)!r}, no file.")
+        values = bits if isinstance(bits, Mapping) else read_json(Path(bits))
+        if not _says(values):
+            raise ValueError(
+                f"load_checkpoint: expected bits to hold {', '.join((*LAYERS, *TABLES))}. Got {', '.join(values)}."
+            )
+        return {key: None for key in _KEYS if key in config} | _about_bits(values)
+    if _says(config):
+        return {}
+    found = _beside(folder)
+    if len(found) != 1:
+        got = " and ".join(sorted(found)) or "none"
+        raise ValueError(
+            f"load_checkpoint: expected {LAYERS[0]} in config.json, in one JSON file beside it, or in a file bits=. "
+            f"Got {got}."
+        )
+    return _about_bits(next(iter(found.values())))
+
+
+def _beside(folder: Path) -> dict[str, dict[str, Any]]:
+    """The JSON files in `folder` that say something about bits."""
+    found = {}
+    for path in folder.glob("*.json"):
+        with suppress(ValueError, OSError):
+            values = read_json(path)
+            if _says(values):
+                found[path.name] = values
+    return found
+
+
+def _says(values: Mapping[str, Any]) -> bool:
+    return any(isinstance(values.get(key), Mapping) for key in (*LAYERS, *TABLES))
+
+
+def _about_bits(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: values[key] for key in _KEYS if key in values}
+
+
 def _range_of(name: str, modules: Mapping[str, nn.Module]) -> bool:
     layer, _, leaf = name.rpartition(".")
     return leaf in ("x_min", "x_max") and isinstance(modules.get(layer), (nn.Linear, nn.Embedding))
@@ -120,7 +179,7 @@ def _bits(values: dict[str, Any], model: PreTrainedModel, problems: list[str]) -
         for key in keys:
             given = values.get(key) or {}
             if not isinstance(given, dict):
-                problems.append(f"expected {key} of config.json to be bits by name. Got {given!r}.")
+                problems.append(f"expected {key} to be bits by name. Got {given!r}.")
                 continue
             for name, bits in given.items():
                 if type(bits) is not int or (bits != FLOAT and not 2 <= bits <= 8):
@@ -137,7 +196,8 @@ def _activation(values: dict[str, Any], asked: str | None) -> str:
                 f'load_checkpoint: expected activation "dynamic" or "float": files hold no ranges. Got {asked!r}.'
             )
         return asked
-    bits = values.get("activation_bits", 8 if values.get("quantize_activation") else FLOAT)
+    bits = values.get("activation_bits")
+    bits = (8 if values.get("quantize_activation") else FLOAT) if bits is None else bits
     if bits not in (8, FLOAT):
         raise ValueError(
             f"load_checkpoint: expected activation_bits of 8 or 32, or activation= to say otherwise. Got {bits!r}."
@@ -175,7 +235,8 @@ def _weight(
         problems.append(f"expected {name}.x_min of at most x_max. Got {float(low[at])} and {float(high[at])}.")
         return None
     if low.numel() == 1 and float(low) == float(high) == 0:
-        groups = values.get("quant_group_number", 1)
+        groups = values.get("quant_group_number")
+        groups = 1 if groups is None else groups
         try:
             size = group_size_of(k, groups if type(groups) is int else 0)
         except ValueError:
@@ -187,10 +248,13 @@ def _weight(
 
 def _detect(path: Path) -> bool:
     try:
-        values = read_config(find_weights(path)[0].parent)
+        if _says(read_config(find_weights(path)[0].parent)):
+            return True
     except (OSError, ValueError):
         return False
-    return any(isinstance(values.get(key), dict) for key in (*LAYERS, *TABLES))
+    # I-BERT has ranges, too, but of activations.
+    names = set(names_of(path))
+    return any(f"{name.removesuffix('.x_min')}.weight" in names for name in names if name.endswith(".x_min"))
 
 
 QBERT = CheckpointFormat("q-bert", _detect, load)

@@ -167,7 +167,7 @@ def test_damaged(damage, message, tmp_path):
         ({"layer_bits": {"layer.0.attention.self.query": True}}, "2 to 8 bits, or 32. Got True"),
         ({"layer_bits": {"layer.7.attention.self.query": 4}}, "layers of the model. Got bert.encoder.layer.7"),
         ({"layer_bits": {"layer.0.attention": 4}}, "layers of the model. Got bert.encoder.layer.0.attention"),
-        ({"emb_bits": [8]}, r"emb_bits of config.json to be bits by name. Got \[8\]"),
+        ({"emb_bits": [8]}, r"emb_bits to be bits by name. Got \[8\]"),
         ({"quant_group_number": 49}, "quant_group_number to cut 48 columns"),
         ({"activation_bits": 4}, "activation_bits of 8 or 32"),
     ],
@@ -178,6 +178,56 @@ def test_wrong_config(change, message, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=f"load_checkpoint: (.|\n)*{message}"):
         load_checkpoint(tmp_path, model_class=transformers.BertForSequenceClassification)
+
+
+def apart(folder, name="bits.json"):
+    """Moves what config.json of `folder` says about bits into a file of its own; returns it."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    keys = ("layer_bits", "emb_bits", "quantize_activation", "quant_group_number")
+    said = {key: values.pop(key) for key in keys}
+    path.write_text(json.dumps(values))
+    (folder / name).write_text(json.dumps(said))
+    return folder / name
+
+
+def test_bits_in_a_file_of_their_own(tmp_path):
+    model, _ = exported(tmp_path / "a", "Model")
+    given = inputs(model)
+    wanted = load_checkpoint(tmp_path / "a")(**given).last_hidden_state
+    file = apart(tmp_path / "a", "new_config.json")
+    (tmp_path / "a" / "other.json").write_text("[8]")
+    for bits in (None, file, str(file), json.loads(file.read_text())):
+        loaded = load_checkpoint(tmp_path / "a", bits=bits)
+        assert torch.equal(loaded(**given).last_hidden_state, wanted)
+    elsewhere = file.rename(tmp_path / "bits.json")
+    assert torch.equal(load_checkpoint(tmp_path / "a", bits=elsewhere)(**given).last_hidden_state, wanted)
+    with pytest.raises(ValueError, match=r"expected layer_bits in config.json, in one JSON file .* Got none"):
+        load_checkpoint(tmp_path / "a")
+
+
+def test_bits_given_replace_those_of_the_file(tmp_path):
+    exported(tmp_path, "Model")
+    loaded = load_checkpoint(tmp_path, bits={"layer_bits": {"layer.0.attention.self.query": 2}})
+    low = [name for name, module in loaded.named_modules() if hasattr(module, "dequantized_weight")]
+    assert low == ["encoder.layer.0.attention.self.query"]
+    assert loaded.get_submodule(low[0]).activation == "float"  # nothing says that activations have 8 bits
+
+
+def test_bits_that_are_none(tmp_path):
+    exported(tmp_path, "Model")
+    with pytest.raises(FileNotFoundError, match=r"expected bits to be a JSON file. Got 'nowhere.json'"):
+        load_checkpoint(tmp_path, bits="nowhere.json")
+    (tmp_path / "x.json").write_text('{"bits": 4}')
+    with pytest.raises(ValueError, match=r"expected bits to hold layer_bits, emb_bits, embed_bits. Got bits"):
+        load_checkpoint(tmp_path, bits=tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("4")
+    with pytest.raises(ValueError, match=r"x.json' to be an object. Got int"):
+        load_checkpoint(tmp_path, bits=tmp_path / "x.json")
+    said = apart(tmp_path)
+    (tmp_path / "x.json").write_text(said.read_text())
+    with pytest.raises(ValueError, match=r"in one JSON file beside it.* Got bits.json and x.json"):
+        load_checkpoint(tmp_path)
 
 
 def test_other_objects_and_options(tmp_path):
