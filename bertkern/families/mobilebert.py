@@ -1,10 +1,12 @@
 """MobileBERT: narrow layers between bottlenecks, several feed-forwards in each, and rows of three words' embeddings."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mobilebert import modeling_mobilebert
 
+from ..formats.groupwise import read_rows
 from ..nn.encoder import LEAVES, Unfit
 from ..nn.int8 import Int8Linear
 from ..nn.linear import FLOATS, PackedLinear
@@ -106,13 +108,11 @@ class MobileBertEmbeddings(FusedEmbeddings, modeling_mobilebert.MobileBertEmbedd
     def _embed(self, ids: Tensor | None, *others: Tensor) -> Tensor:
         self.check(ids)
         tables, scales, padding = self.tables()
-        if any(table.dtype == torch.uint8 for table in tables):
-            raise Unfit("a table of few bits")
         norm, eps = self.norm()
         linear = self.transformation()
         packed = None if linear is None else linear.packed()
         own = (linear.weight, linear.bias) if isinstance(linear, PackedLinear) else (None, None)
-        rows = self.rows(ids, *others)
+        rows = self._read(self.rows(ids, *others), tables, padding)
         weight, bias = norm._parameters["weight"], norm._parameters["bias"]
         dtype = weight.dtype
         fp32 = (weight, bias) if dtype == torch.float32 else (weight.float(), bias.float())
@@ -125,6 +125,22 @@ class MobileBertEmbeddings(FusedEmbeddings, modeling_mobilebert.MobileBertEmbedd
             return _embed(rows, tables, scales, packed, *options)
         except RuntimeError as error:
             raise self.named(error) from None
+
+    def _read(self, ids: list[Tensor], tables: list[Tensor], padding: list[int]) -> list[Tensor]:
+        """The ids; in place of low-bit tables, which the operator does not read, come the rows that ids ask for."""
+        for i, table in enumerate(tables):
+            if table.dtype == torch.uint8:
+                module = self._modules[self.TABLES[i]]
+                try:
+                    found = read_rows(F.embedding(ids[i], table), module.embedding_dim)
+                except IndexError:
+                    count = module.num_embeddings
+                    wrong = int(ids[i][(ids[i] < 0) | (ids[i] >= count)][0])
+                    error = RuntimeError(f"trigram_embed: expected ids in [0, {count}) of table {i}. Got {wrong}.")
+                    raise self.named(error) from None
+                tables[i], padding[i] = found.flatten(0, 1), -1
+                ids[i] = torch.arange(ids[i].numel()).view(ids[i].shape)
+        return ids
 
     def forward(
         self,
