@@ -239,6 +239,7 @@ def test_quantize_to_low_bits(capsys, tiny_model, tmp_path):
         (["--scheme", "groupwise", "--choices", "2,3"], "--choices goes together with --average-bits"),
         (["--scheme", "groupwise", "--average-bits", "3", "--choices", "2,x"], "expected BITS,..., such as 2,4"),
         (["--scheme", "groupwise", "--method", "compensate"], "--method compensate needs --calibration"),
+        (["--scheme", "groupwise", "--activation", "static"], "--activation static needs --calibration"),
         (["--scheme", "groupwise", "--calibration", "none.txt"], "expected a text file of sentences"),
     ],
 )
@@ -269,6 +270,9 @@ def test_quantize_by_sentences(capsys, copy, tmp_path):
     )
     assert status == 0, err
     assert "sensitivity" in text and "k/4" in text and (out / "tokenizer.json").exists()
+    static = ("--scheme", "groupwise", "--activation", "static", "--calibration", str(sentences))
+    status, text, err = run(capsys, "quantize", str(copy), str(tmp_path / "static"), *static)
+    assert status == 0 and "int4 n/64 static" in text, err
     sentences.write_text(" \n")
     status, _, err = run(capsys, "quantize", str(copy), str(tmp_path / "x"), *low, "--calibration", str(sentences))
     assert status == 2 and "expected sentences, one a line" in err

@@ -74,7 +74,9 @@ def add(commands: Any) -> None:
     )
     low.add_argument("--shared", action="store_true", default=None, help="with axis k: all outputs share their ranges")
     low.add_argument(
-        "--activation", choices=("dynamic", "float"), help="int8 by each token's range (default), or float"
+        "--activation",
+        choices=("dynamic", "static", "float"),
+        help="int8 by each token's range (default), by one range a layer on the sentences of --calibration, or float",
     )
     budget = low.add_mutually_exclusive_group()
     budget.add_argument(
@@ -89,7 +91,7 @@ def add(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="real sentences, one a line: bits go to the layers that they are sensitive to (without: to those whose "
-        "weights would lose most), and for --method compensate",
+        "weights would lose most), for --method compensate and --activation static",
     )
     low.add_argument("--embedding-bits", type=int, metavar="BITS", help="of embedding tables; default: 8")
     low.add_argument(
@@ -117,7 +119,8 @@ def run(arguments: argparse.Namespace) -> None:
     weights = None
     if arguments.method == COMPENSATE:
         weights = bertkern.compensate(model, data["sentences"], config, tokenizer=data["tokenizer"])
-    bertkern.quantize_(model, config, weights=weights)
+    static = {"calibration": data["sentences"], "tokenizer": data["tokenizer"]} if config.activation == "static" else {}
+    bertkern.quantize_(model, config, weights=weights, **static)
     after = save_model(model, arguments.model, out)
     print(bertkern.report(model))
     print(f"{out}: {after / 1e6:.1f} MB of weights, from {before / 1e6:.1f} MB")
@@ -127,8 +130,9 @@ def calibration_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sentences of --calibration and the model's tokenizer, or nothing; raises UsageError."""
     file: Path | None = arguments.calibration
     if file is None:
-        if arguments.method == COMPENSATE:
-            raise UsageError("quantize: --method compensate needs --calibration FILE.")
+        for option, value in (("method", COMPENSATE), ("activation", "static")):
+            if getattr(arguments, option) == value:
+                raise UsageError(f"quantize: --{option} {value} needs --calibration FILE.")
         return {}
     try:
         sentences = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
