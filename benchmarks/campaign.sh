@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Measures everything that the README and benchmarks/results show, on a machine that does nothing else, and fills the
-# README's table. About three hours. PYTHON names the interpreter of bertkern, RIVALS the one that has the other engines
-# (the same by default), DEEPSPARSE the one that has DeepSparse (see benchmarks/engines/deepsparse_engine.py), SENTENCES the
-# one that has sentence-transformers[onnx,openvino] and datasets.
+# README's table. About three hours, and four more for bench qbert, which trains models and goes on where it was
+# stopped. PYTHON names the interpreter of bertkern, RIVALS the one that has the other engines (the same by default),
+# DEEPSPARSE the one that has DeepSparse (see benchmarks/engines/deepsparse_engine.py), SENTENCES the one that has
+# sentence-transformers[onnx,openvino] and datasets.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -41,6 +42,9 @@ bench encoder --model bert-base-d26 --threads 2 --shapes 1x128,8x128 --engines b
 "$python" -m bertkern bench sentences --threads 2 --out "$out" \
     --python "onnxruntime=$sentences" --python "openvino=$sentences"
 "$python" -m bertkern bench importance --threads 2 --sentences 1000 --rounds 1 --out "$out"
+bench groupwise
+"$python" -m bertkern bench hessian --threads 2 --out "$out"
 bench memory
 "$python" -m bertkern demo --threads 2 --out "$out"
+"$python" -m bertkern bench qbert --threads 2 --out "$out"
 "$python" -m benchmarks.readme_table
