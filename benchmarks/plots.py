@@ -218,9 +218,22 @@ def _memory(run: Run, plt: Any) -> Any:
     ways = run.providers("memory_mb")
     bars = [(f"{way}: {moment}", run.find(way, "memory_mb", moment)) for way in ways for moment in ("peak", "after")]
     bars.insert(0, ("the fp32 model", run.find(ways[0], "memory_mb", "model")))
-    figure, axes = plt.subplots(figsize=(6.5, 2.6))
+    forms = run.providers("encoder_mb")
+    shares = [
+        (f"{form}: {label}", run.find(form, "encoder_mb", where).median / run.find(form, "encoder_mb", "fp32").median)
+        for form in forms
+        for where, label in (("file", "file"), ("memory", "memory"))
+    ]
+    figure, grid = plt.subplots(
+        1, 1 + bool(shares), figsize=(6.5 * (1 + bool(shares)), 1 + 0.26 * len(bars)), squeeze=False
+    )
     values = [row.median for _, row in bars]
-    _bars(axes, [name for name, _ in bars], values, [f"{value:,.0f}" for value in values])
-    headline(figure, run, "resident MB while BERT-base becomes int8")
+    _bars(grid.flat[0], [name for name, _ in bars], values, [f"{value:,.0f}" for value in values])
+    grid.flat[0].set_title("resident MB while it is quantized", loc="left", fontsize=10)
+    if shares:
+        values = [share for _, share in shares]
+        _bars(grid.flat[1], [name for name, _ in shares], values, [f"{value:.3f}" for value in values])
+        grid.flat[1].set_title("its encoder alone, share of fp32", loc="left", fontsize=10)
+    headline(figure, run, "Memory of a quantized BERT-base")
     figure.tight_layout()
     return figure

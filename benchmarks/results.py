@@ -6,7 +6,7 @@
 hessian, qbert, demo |
 | provider | the engine, or `SLOW / FAST` for a ratio |
 | metric | latency_ms, ratio, share_of_peak, break_even, time_share, gmac_s, gb_s, sentences_s, spearman, \
-accuracy, size_mb, cost, minutes |
+accuracy, size_mb, memory_mb, encoder_mb, cost, minutes |
 | x_name, x_value | the axis: "batch x tokens" 1x128, "M x N x K, epilogue" 128x768x3072 bf16, \
 "M x N x K, block@zeros" 128x768x3072 16x4@0.8 |
 | median, p20, p80 | over accepted turns |

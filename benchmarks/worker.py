@@ -92,15 +92,27 @@ class Session:
         """The memory's read bandwidth, GB/s."""
         return {"read": peak.read(threads)}
 
-    def make_int8(self, folder: str, out: str) -> dict[str, Any]:
-        """Saves the int8 form of the model in `folder`."""
-        from .memory import make_int8
+    def make_quantized(self, folder: str, out: str, form: str) -> dict[str, Any]:
+        """Saves a quantized form of the model in `folder`."""
+        from .memory import make_quantized
 
-        make_int8(folder, out)
+        make_quantized(folder, out, form)
         return {}
 
+    def make_encoder(self, out: str, form: str, seed: int) -> dict[str, Any]:
+        """Saves a quantized encoder, see `memory.py`."""
+        from .memory import make_encoder
+
+        return make_encoder(out, form, seed)
+
+    def encoder_size(self, folder: str) -> dict[str, Any]:
+        """What a saved encoder takes, see `memory.py`."""
+        from .memory import encoder_size
+
+        return encoder_size(folder)
+
     def memory(self, way: str, folder: str) -> dict[str, Any]:
-        """Peak memory of one way to an int8 model, see `memory.py`."""
+        """Peak memory of one way to a quantized model, see `memory.py`."""
         from .memory import measure
 
         return measure(way, folder)

@@ -117,6 +117,19 @@ def test_weights_from_elsewhere(tmp_path):
         assert torch.equal(base(**inputs(model)).last_hidden_state, expected)
 
 
+def test_grids_of_both_kinds(tmp_path):
+    model = make("BertForMaskedLM")
+    names = QUERY, WORDS
+    given = {n: quantize_groupwise(model.get_submodule(n).weight, 4, 1, symmetric=True) for n in names}
+    bk.quantize_(model, bk.GroupwiseConfig(groups=52), weights=given)
+    loaded = reloaded(model, tmp_path)
+    assert same_outputs(model, loaded, inputs(model))
+    record = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {name: form["symmetric"] for name, form in record["layers"].items()} == {
+        name.removeprefix("bert."): True for name in names
+    }
+
+
 def test_modules_placed_by_hand(tmp_path):
     model = make("BertForSequenceClassification")
     for number, layer in enumerate(model.bert.encoder.layer):
@@ -273,6 +286,8 @@ def put(stored, path, change_tensors=None, change_config=None):
         (lambda s: s.pop(f"{QUERY}.weight_codes"), "expected .*query.weight_codes. Got none"),
         (lambda s: s.pop(f"{QUERY}.weight_bits"), "expected .*query.weight_bits. Got none"),
         (lambda s: s.pop(f"{QUERY}.input_scale"), "expected .*query.input_scale. Got none"),
+        (lambda s: s.pop(f"{QUERY}.weight_zero"), "expected .*query.weight_zero. Got none"),
+        (lambda s: s.pop(f"{WORDS}.weight_zero"), "expected .*word_embeddings.weight_zero. Got none"),
         (lambda s: s.pop("bert.pooler.dense.bias"), "expected .*pooler.dense.bias. Got none"),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith(QUERY)], "expected .*query.weight_codes. Got none"),
         (lambda s: s.pop(f"{WORDS}.weight_scale"), "word_embeddings.weight_scale. Got none"),
@@ -323,13 +338,14 @@ def test_checkpoints_that_do_not_fit(change, message, stored, tmp_path):
         (lambda c: c.update(groups=4), r"query.weight_scale torch.float32 of shape \[G\] = \[4\]. Got .*\[52\]"),
         (lambda c: c.update(axis="k", groups=4), r"query.weight_scale torch.float32 of shape \[N, G\] .* = \[52, 4\]"),
         (lambda c: c.update(embedding_bits=None), "expected no embeddings"),
+        (lambda c: c.update(symmetric=True), "expected no .*query.weight_zero, as its grids are symmetric. Got it"),
         (lambda c: c.update(activation="float"), "expected no .*input_scale, as its activations stay float"),
         (lambda c: c.update(layer_bits={"layer.1": 9}), "layer_bits of layer.1"),
         (
             lambda c: c.update(layers={"encoder.layer.1": {"axis": "q", "group_size": 1}}),
-            "axis, group_size and activation",
+            "axis, group_size, activation and symmetric",
         ),
-        (lambda c: c.update(layers={"encoder.layer.1": {"axis": "n"}}), "axis, group_size and activation"),
+        (lambda c: c.update(layers={"encoder.layer.1": {"axis": "n"}}), "axis, group_size, activation and symmetric"),
         (lambda c: c.update(layers=["encoder"]), "layers by name"),
     ],
 )

@@ -16,14 +16,14 @@ def restart():
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
-folder, weight = sys.argv[1:]
+folder, form = sys.argv[1:]
+config = bk.GroupwiseConfig(bits=int(form)) if form.isdigit() else bk.Int8Config(weight=form)
 torch.set_num_threads(1)
 # What is imported and allocated at first use is not the model's.
 small = BertModel(BertConfig(vocab_size=50, hidden_size=24, num_attention_heads=2, num_hidden_layers=1))
-bk.quantize_(small.eval()).save_pretrained(folder + "/small")
+bk.quantize_(small.eval(), config).save_pretrained(folder + "/small")
 AutoModel.from_pretrained(folder + "/small")
 
-config = bk.Int8Config(weight=weight)
 model = BertForMaskedLM(BertConfig(num_hidden_layers=4)).eval()
 size, layer = (sum(p.nbytes for p in module.parameters()) // 1024 for module in (model, model.bert.encoder.layer[0]))
 model.save_pretrained(folder + "/fp32")
@@ -48,9 +48,9 @@ print(int(kilobytes("VmHWM") - before - size // 2), layer, int(kilobytes("VmRSS"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-@pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
-def test_peak(weight, tmp_path):
-    command = [sys.executable, "-c", CODE, str(tmp_path), weight]
+@pytest.mark.parametrize("form", ["per_channel", "per_tensor", "4"])
+def test_peak(form, tmp_path):
+    command = [sys.executable, "-c", CODE, str(tmp_path), form]
     done = subprocess.run(command, capture_output=True, text=True)
     if "clear_refs" in done.stderr:
         pytest.skip("the peak cannot be reset here")
