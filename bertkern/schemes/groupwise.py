@@ -4,7 +4,8 @@ A file holds, of a low-bit linear or table `<name>`, N x K with G groups (of axi
 
 <name>.weight_codes       uint8 [bytes]   the codes, bit by bit: see `bertkern.formats.GroupwiseWeight`
 <name>.weight_scale       fp32            above 0: "n": [G]; "k": [N, G], or [1, G] where all rows share their ranges
-<name>.weight_zero        fp32            of the shape of weight_scale; not there where grids are symmetric
+<name>.weight_zero        fp32            of the shape of weight_scale; not there where grids are symmetric, as the
+                                          config says, or "symmetric" of the module under "layers"
 <name>.weight_bits        uint8 [G]       2 to 8
 <name>.bias               fp32 [N]        of a linear that has one
 <name>.input_scale        fp32 []         of a linear with int8 activations: 0: each token's own range; else the step
@@ -164,15 +165,18 @@ class GroupwiseScheme(Scheme):
         activation = None if table else module.activation
         wanted = _layout(module.shape, table, config)
         expected = "float" if tied and not config.head else config.activation
-        same = tied or (module.axis, module.group_size) == wanted
+        symmetric = config.symmetric if tied else module.held("zero") is None
+        same = tied or ((module.axis, module.group_size) == wanted and symmetric == config.symmetric)
         if same and (planned or tied) and (table or (activation == "float") == (expected == "float")):
             return None
         made = {} if tied else {"axis": module.axis, "group_size": module.group_size}
+        if symmetric != config.symmetric:
+            made["symmetric"] = symmetric
         return made if table else {**made, "activation": activation}
 
     def check_form(self, name: str, form: Any) -> dict[str, Any]:
-        known = {"axis": AXES, "activation": ACTIVATIONS}
-        right = isinstance(form, Mapping) and set(form) <= {"axis", "group_size", "activation"}
+        known = {"axis": AXES, "activation": ACTIVATIONS, "symmetric": (True, False)}
+        right = isinstance(form, Mapping) and set(form) <= {"axis", "group_size", "activation", "symmetric"}
         if right:
             size = form.get("group_size", 1)
             right = type(size) is int and size >= 1
@@ -180,7 +184,8 @@ class GroupwiseScheme(Scheme):
             right = right and all(form[key] in allowed for key, allowed in known.items() if key in form)
         if not right:
             raise ValueError(
-                f"GroupwiseConfig: expected axis, group_size and activation of the layer {name}. Got {form!r}."
+                f"GroupwiseConfig: expected axis, group_size, activation and symmetric of the layer {name}. "
+                f"Got {form!r}."
             )
         return dict(form)
 
@@ -206,8 +211,10 @@ class GroupwiseScheme(Scheme):
             expect(problems, name, held, "weight_codes", "torch.uint8", shapes, "[bytes]")
             expect(problems, name, held, "weight_scale", "torch.float32", scales, of)
             expect(problems, name, held, "weight_bits", "torch.uint8", [[groups]], "[G]")
-            if "weight_zero" in held:
+            if not form.get("symmetric", config.symmetric):
                 expect(problems, name, held, "weight_zero", "torch.float32", scales, of)
+            elif "weight_zero" in held:
+                problems.append(f"expected no {name}.weight_zero, as its grids are symmetric. Got it.")
         if table:
             return problems
         rounds = self._rounds(config, form, tied)
