@@ -128,11 +128,10 @@ def _grid(weight: Tensor) -> Grid | None:
     """The grids that `weight` lies on; zeros alone are none."""
     if weight.dtype not in GRID_DTYPES or not bool(weight.any()):
         return None
-    found = grid_of(weight, exact=False)
-    if found is None:
-        return None
     exact = grid_of(weight)
-    kept = exact or found
+    kept = grid_of(weight, exact=False) if exact is None else exact
+    if kept is None:
+        return None
     shared = kept.axis == "k" and kept.scale.shape[0] == 1
     widths = tuple(sorted(set(kept.bits.tolist())))
     return Grid(widths, kept.axis, kept.groups, kept.group_size, shared, exact is not None)

@@ -238,13 +238,27 @@ def pack_codes(
     plain = codes.detach().to(torch.uint8).cpu().numpy()
     stream = []
     for rows, row_bits in _runs(made):
-        kept = np.arange(8) < row_bits[:, None]
         for first in range(rows.start, rows.stop, max(1, BLOCK // max(1, k))):
             part = plain[first : min(rows.stop, first + max(1, BLOCK // max(1, k)))]
-            flat = np.unpackbits(part[:, :, None], axis=2, bitorder="little")[:, kept]
-            stream.append(np.packbits(flat, axis=1, bitorder="little").reshape(-1))
+            stream.append(_stream(part, row_bits).reshape(-1))
     packed = np.concatenate(stream) if stream else np.zeros(0, np.uint8)
     return replace(made, codes=torch.from_numpy(packed).to(codes.device)).check()
+
+
+def _stream(codes: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """The bytes of rows of codes, uint8 [R, K], of `bits` [K] each."""
+    width = int(bits[0]) if len(bits) else 8
+    if 8 % width == 0 and bool((bits == width).all()):
+        # Whole codes in every byte, as nearly always.
+        each = 8 // width
+        codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each)))
+        made = codes[:, ::each].copy()
+        for i in range(1, each):
+            made |= codes[:, i::each] << (width * i)
+        return made
+    kept = np.arange(8) < bits[:, None]
+    flat = np.unpackbits(codes[:, :, None], axis=2, bitorder="little")[:, kept]
+    return np.packbits(flat, axis=1, bitorder="little")
 
 
 def group_ranges(weight: Tensor, axis: str = "n", group_size: int = 1, shared: bool = False) -> tuple[Tensor, Tensor]:
