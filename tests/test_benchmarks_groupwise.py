@@ -72,7 +72,8 @@ def test_the_readme_shows_the_layer_with_the_most_outputs(tmp_path):
     for shape, gain in (("1x768x768", 1.5), ("1x3072x768", 1.9), ("128x3072x768", 0.96)):
         at = (groupwise.AXIS, f"{shape} 4n128")
         run.add("groupwise", "bertkern-int8 / bertkern-groupwise-int8", "ratio", at, (gain,) * 3)
-    run.add("groupwise", "torch-int4 / bertkern-groupwise-int8", "ratio", (groupwise.AXIS, "1x3072x768 4n128"), (2.5,) * 3)
+    at = (groupwise.AXIS, "1x3072x768 4n128")
+    run.add("groupwise", "torch-int4 / bertkern-groupwise-int8", "ratio", at, (2.5,) * 3)
     run.save(tmp_path)
     text = readme_table.table(tmp_path)
     assert "| Group-wise weights (M x N x K) | 1x3072x768 | 128x3072x768 |" in text
