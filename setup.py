@@ -1,18 +1,22 @@
-"""Build of bertkern's two compiled modules; everything that needs no program is in pyproject.toml.
+"""Build of bertkern's compiled modules; everything that needs no program is in pyproject.toml.
 
-    bertkern/_C.abi3.so   the operators: torch's stable ABI, no Python; one build serves every Python and torch >= 2.10
-    bertkern/_host.*.so   pybind11: processor features, build facts, peak probes; the operators work without it
+    bertkern/_C.abi3.so        the operators: torch's stable ABI, no Python; one build for every Python, torch >= 2.10
+    bertkern/_C_cuda.abi3.so   the same for NVIDIA GPUs, where nvcc is here and torch has CUDA, or BERTKERN_USE_CUDA=1
+    bertkern/_host.*.so        pybind11: processor features, build facts, peak probes; the operators work without it
 
 Every kernel is compiled for the instruction set that its file name states, by the table ISA_FLAGS; everything else is
 compiled for the baseline processor, and dispatch at run time keeps processors away from kernels that they lack.
 
-Environment: CXX, CXXFLAGS, MAX_JOBS, DEBUG=1 mean what they mean elsewhere. BERTKERN_SANITIZE=address,undefined builds
-with sanitizers. BERTKERN_VERBOSE=1 prints the compiler's commands.
+Environment: CXX, CXXFLAGS, MAX_JOBS, DEBUG=1 mean what they mean elsewhere, and so do CUDA_HOME and
+TORCH_CUDA_ARCH_LIST ("9.0a 12.0+PTX"; default: all of CUDA_TARGETS that nvcc knows, and PTX for the rest).
+BERTKERN_USE_CUDA=1 builds for CUDA beside a CPU-only torch too (the library runs beside any CUDA torch >= 2.10), =0
+never. BERTKERN_SANITIZE=address,undefined builds with sanitizers. BERTKERN_VERBOSE=1 prints the compiler's commands.
 """
 
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -46,6 +50,12 @@ COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inli
 OPTIMIZED_FLAGS = ["-O3", "-DNDEBUG", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 DEBUG_FLAGS = ["-O0", "-g", "-ffp-contract=off"]
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI as of torch 2.10
+
+# Ampere; Hopper and Blackwell with what only those have; consumer Blackwell. The PTX serves other cards from 8.0 on.
+CUDA_TARGETS = ("80", "90a", "100a", "120")
+CUDA_PTX = "80"
+OLDEST_CUDA = (12, 4)
+CUDA_MODULE = "bertkern._C_cuda"
 
 INSTALL = "pip install --no-build-isolation ."
 TOOLS = "pip install -U 'setuptools>=77' 'pybind11>=2.12' ninja"
@@ -126,6 +136,98 @@ class Toolchain:
         return name, triple.split("-")[0]
 
 
+class Cuda:
+    """nvcc, and what it is asked to compile for."""
+
+    def __init__(self, cxx: list[str]) -> None:
+        self.home, self.nvcc = self.find_nvcc()
+        if not self.nvcc:
+            stop(
+                f"BERTKERN_USE_CUDA=1, but there is no nvcc in {self.home}/bin. Set CUDA_HOME to a CUDA toolkit."
+                if self.home
+                else "BERTKERN_USE_CUDA=1, but there is no nvcc here. Install the CUDA toolkit, or set CUDA_HOME to it."
+            )
+        self.version = self.probe(cxx)
+        self.targets, self.ptx = self.find_targets()
+        folders = [Path(self.home, name) for name in ("lib64", "lib", f"targets/{os.uname().machine}-linux/lib")]
+        self.libraries = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
+        if self.libraries is None:
+            stop(f"CUDA's libcudart_static.a is not in {folders[0]}. Install the toolkit's cudart-dev package.")
+
+    @staticmethod
+    def wanted(torch) -> bool:
+        """Whether to build for CUDA: as BERTKERN_USE_CUDA says, else where nvcc is here and torch has CUDA."""
+        asked = os.environ.get("BERTKERN_USE_CUDA", "")
+        if asked not in ("", "0", "1"):
+            stop(f"expected BERTKERN_USE_CUDA to be 0, 1 or unset. Got '{asked}'.")
+        if asked:
+            return asked == "1"
+        return torch.version.cuda is not None and bool(Cuda.find_nvcc()[1])
+
+    @staticmethod
+    def find_nvcc() -> tuple[str | None, str | None]:
+        """(toolkit's folder, nvcc in it): CUDA_HOME, else where PATH leads, else the usual place."""
+        named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        if named:
+            return named, shutil.which("nvcc", path=str(Path(named, "bin")))
+        found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        if not found:
+            return None, None
+        # What is found may be a link or a script that starts the real one, which knows where it is.
+        asked = subprocess.run([found, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.*)$", asked.stderr, re.MULTILINE)
+        return str((Path(top[1]) if top else Path(found).resolve().parent.parent).resolve()), found
+
+    def probe(self, cxx: list[str]) -> tuple[int, int]:
+        """The toolkit's version; stops where nvcc does not run, is too old, or refuses the C++ compiler."""
+        try:
+            text = subprocess.check_output([self.nvcc, "--version"], text=True, stderr=subprocess.STDOUT)
+            major, minor = re.search(r"release (\d+)\.(\d+)", text).groups()
+        except (OSError, subprocess.CalledProcessError, AttributeError) as error:
+            stop(f"'{self.nvcc}' does not run ({error}). Set CUDA_HOME to a CUDA toolkit, or BERTKERN_USE_CUDA=0.")
+        version = int(major), int(minor)
+        if version < OLDEST_CUDA:
+            stop(
+                f"expected CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} or newer. Got {major}.{minor} ({self.nvcc}). "
+                "Set CUDA_HOME to a newer toolkit, or BERTKERN_USE_CUDA=0."
+            )
+        self.host = ["-ccbin", next(word for word in reversed(cxx) if not word.startswith("-"))]
+        return version
+
+    def find_targets(self) -> tuple[list[str], list[str]]:
+        """(architectures to compile for, those whose PTX is kept)."""
+        text = subprocess.check_output([self.nvcc, "--list-gpu-arch"], text=True)
+        known = {name.removeprefix("compute_") for name in text.split()}
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        if not asked.strip():
+            return [name for name in CUDA_TARGETS if name.rstrip("af") in known], [CUDA_PTX]
+        targets, ptx = [], []
+        for word in asked.replace(";", " ").split():
+            parts = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", word)
+            if not parts:
+                stop(f"expected TORCH_CUDA_ARCH_LIST like '8.0 9.0a+PTX'. Got '{word}' in it.")
+            name = parts[1] + parts[2]
+            if int(parts[1]) < 8:
+                stop(f"expected architectures from 8.0 on in TORCH_CUDA_ARCH_LIST. Got '{word}'.")
+            if name.rstrip("af") not in known:
+                stop(f"CUDA {self.version[0]}.{self.version[1]} does not know '{word}' of TORCH_CUDA_ARCH_LIST.")
+            targets.append(name)
+            ptx += [name] if parts[3] else []
+        return targets, ptx
+
+    def flags(self) -> list[str]:
+        codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in self.targets]
+        codes += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in self.ptx]
+        kind = ["-O0", "-g"] if debug() else ["-O3", "-DNDEBUG"]
+        host = "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall"
+        return ["-std=c++17", *kind, *self.host, host, *codes]
+
+    def facts(self) -> str:
+        """Header with what the library says of itself; bertkern/_cuda.py finds it in the file by its first word."""
+        facts = {"cuda": list(self.version), "targets": self.targets, "ptx": self.ptx}
+        return f'#pragma once\n\n#define BERTKERN_CUDA_FACTS R"json(bertkern-cuda-facts{json.dumps(facts)})json"\n'
+
+
 class Library(Extension):
     """A compiled module: sources found by pattern, each with the flags that its file name asks for."""
 
@@ -134,13 +236,20 @@ class Library(Extension):
 
 
 def libraries() -> list[Library]:
-    """The operators take all of csrc but the host module and the probes; what tells processors apart is in both."""
-    every = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.cpp")}
+    """The operators take all of csrc but the host module and the probes; what tells processors apart is in both.
+
+    The CUDA library is listed wherever it has sources; the build leaves it out where it is not wanted.
+    """
+    every = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")}
+    cuda = {path for path in every if path.is_relative_to("csrc/cuda")}
+    every -= cuda
+    cuda = {path for path in cuda if not path.is_relative_to("csrc/cuda/emulator")}  # that one is for tests
     probes = {path for path in every if path.is_relative_to("csrc/cpu/probe")} | {Path("csrc/host.cpp")} & every
     isa = {Path("csrc/cpu/isa.cpp")}
     return [
         Library("bertkern._C", [*(every - probes)], py_limited_api=True),
         Library("bertkern._host", [*(probes | isa)]),
+        *([Library(CUDA_MODULE, [*cuda], py_limited_api=True)] if cuda else []),
     ]
 
 
@@ -159,8 +268,9 @@ class Graph:
     ninja compares the commands.
     """
 
-    def __init__(self, tools: Toolchain) -> None:
+    def __init__(self, tools: Toolchain, cuda: Cuda | None = None) -> None:
         self.tools = tools
+        self.cuda = cuda
         self.x86 = tools.machine in ("x86_64", "amd64")
         sanitizers = os.environ.get("BERTKERN_SANITIZE", "")
         kind = "-debug" * debug() + (f"-{sanitizers.replace(',', '-')}" if sanitizers else "")
@@ -199,7 +309,14 @@ class Graph:
 
         # The headers' __FILE__ ends up in the library: strip this machine's part of it.
         includes = [flag for path in include_paths() for flag in ("-isystem", path, f"-fmacro-prefix-map={path}/=")]
-        return [TORCH_TARGET, *includes], [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+        libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+        if library.name == CUDA_MODULE:
+            # The runtime is inside and not seen outside: torch has one of its own. No libcuda, no torch_cuda: the
+            # library also loads where neither is (csrc/cuda/stream.h).
+            includes += [f"-I{self.folder}", "-isystem", f"{self.cuda.home}/include"]
+            libraries += [f"-L{self.cuda.libraries}", "-lcudart_static", "-Wl,--exclude-libs,ALL"]
+            libraries += ["-ldl", "-lrt", "-pthread"]
+        return [TORCH_TARGET, *includes], libraries
 
     def text(self, modules: list[Library]) -> str:
         lines = [
@@ -215,12 +332,25 @@ class Graph:
             f"  command = $cxx $in -o $out {shlex.join(self.link)} $libraries",
             "  description = link $out",
         ]
+        if self.cuda:
+            lines += [
+                f"nvcc = {shlex.join([self.cuda.nvcc, *self.cuda.flags(), '-Icsrc'])}",
+                "rule cuda",
+                "  command = $nvcc -MD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "  description = cuda $in",
+            ]
         for library in modules:
             compile_flags, link_libraries = self.module_flags(library)
             folder = self.folder / self.target(library).stem
             objects = []
             for source in filter(self.compiles, library.sources):
-                objects.append(escape(str(folder / Path(source).relative_to("csrc").with_suffix(".o"))))
+                suffix = ".cu.o" if source.endswith(".cu") else ".o"  # gemm.cu and gemm.cpp may stand side by side
+                objects.append(escape(str(folder / Path(source).relative_to("csrc").with_suffix(suffix))))
+                if source.endswith(".cu"):
+                    lines.append(f"build {objects[-1]}: cuda {escape(source)}")
+                    continue
                 lines += [
                     f"build {objects[-1]}: compile {escape(source)}",
                     f"  module = {shlex.join(compile_flags)}",
@@ -248,9 +378,11 @@ class Graph:
 
     def run(self, modules: list[Library]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        header = self.folder / "build_facts.h"
-        if not header.exists() or header.read_text() != self.facts():
-            header.write_text(self.facts())
+        headers = {"build_facts.h": self.facts()} | ({"cuda_facts.h": self.cuda.facts()} if self.cuda else {})
+        for name, text in headers.items():
+            header = self.folder / name
+            if not header.exists() or header.read_text() != text:
+                header.write_text(text)
         (self.folder / "build.ninja").write_text(self.text(modules))
         command = [self.tools.ninja, "-f", str(self.folder / "build.ninja")]
         if os.environ.get("MAX_JOBS"):
@@ -274,10 +406,13 @@ def build_command() -> type[build_ext]:
     class Build(BuildExtension):
         def run(self) -> None:
             self.tools = Toolchain()
+            self.cuda = Cuda(self.tools.cxx) if Cuda.wanted(self.tools.torch) else None
+            if not self.cuda:
+                self.extensions = [library for library in self.extensions if library.name != CUDA_MODULE]
             super().run()
 
         def build_extensions(self) -> None:
-            graph = Graph(self.tools)
+            graph = Graph(self.tools, self.cuda)
             graph.run(self.extensions)
             for library in self.extensions:
                 path = Path(self.get_ext_fullpath(library.name))
@@ -297,7 +432,7 @@ class CompilerFirst(build):
 
 packages = find_packages(include=["bertkern", "bertkern.*"])
 # Folders of their own in the checkout; inside the package where it is installed, so that they collide with nobody's.
-packages += ["bertkern.benchmarks", "bertkern.benchmarks.engines"]
+packages += ["bertkern.benchmarks", "bertkern.benchmarks.engines", "bertkern.benchmarks.gpu"]
 package_dir = {"bertkern.benchmarks": "benchmarks"}
 if (ROOT / "kernels" / "__init__.py").exists():
     packages.append("bertkern.kernels")

@@ -1,6 +1,7 @@
 """Loads the compiled operators, `torch.ops.bertkern.*`; where that cannot work, says in one line what to do.
 
-Importing this module loads `_C.abi3.so`, which ties to torch's stable ABI (2.10 and newer) and to no Python version.
+Importing this module loads `_C.abi3.so`, which ties to torch's stable ABI (2.10 and newer) and to no Python version,
+and the operators for GPUs beside it (`_cuda`), where they are there and can run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+
+from . import _cuda
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY = PACKAGE / "_C.abi3.so"
@@ -70,6 +73,7 @@ def load(library: str | os.PathLike | None = None) -> None:
             f"{path} does not load here ({reason}): it was built for another platform or torch. "
             f"Build from the sources: {BUILD}"
         ) from None
+    _cuda.load(torch)
 
 
 if sys.platform == "win32":

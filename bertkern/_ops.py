@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _gradients, _lib, _mobilebert  # noqa: F401  (register gradients and the operators)
+from . import _cuda, _gradients, _lib, _mobilebert  # noqa: F401  (register gradients and the operators)
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "silu": 5}
 
@@ -215,3 +215,36 @@ def _(
 @_shapes("trigram_embed")
 def _(ids, tables, scales, packed, weight, bias, eps=None, trigram=True, out_dtype=None) -> Tensor:
     return weight.new_empty((*ids[0].shape, weight.shape[0]), dtype=out_dtype or torch.float32)
+
+
+def _codes_of_rows(x: Tensor, step: float, zero_point: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 codes of x's shape in rows of whole 16 bytes, fp32 scales and int32 zero points, none where symmetric."""
+    width, rows = x.shape[-1], x.shape[:-1].numel()
+    codes = x.new_empty((*x.shape[:-1], (width + 15) // 16 * 16), dtype=torch.int8)[..., :width]
+    symmetric = zero_point == 128 or (step > 0 and zero_point == 0)
+    zero = x.new_empty(0 if symmetric else rows, dtype=torch.int32)
+    return codes, x.new_empty(rows, dtype=torch.float32), zero
+
+
+def register_cuda() -> None:
+    """Shapes of the operators that only GPUs have (csrc/cuda/bindings.cpp), once their library is loaded."""
+
+    @_shapes("quantize_codes")
+    def _(x, live, step, zero_point):
+        return _codes_of_rows(x, step, zero_point)
+
+    @_shapes("add_layernorm_live")
+    def _(x, residual, weight, bias, live, eps):
+        return x.new_empty(x.shape)
+
+    @_shapes("add_layernorm_codes")
+    def _(x, residual, weight, bias, live, eps, step, zero_point):
+        return x.new_empty(x.shape), *_codes_of_rows(x, step, zero_point)
+
+    @_shapes("attention_cuda_forward")
+    def _(q, k, v, cu_seqlens, key_counts, numbers, factors, bias, max_length, causal, scale):
+        return q.new_empty(q.shape), q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+if _cuda.reason is None:
+    register_cuda()

@@ -231,12 +231,15 @@ def _build() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
+    from . import _cuda
+
+    facts: dict[str, Any] = {"device": None}
     try:
         import torch
 
         if torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(0)
-            return {
+            facts = {
                 "device": properties.name,
                 "capability": f"{properties.major}.{properties.minor}",
                 "memory_bytes": properties.total_memory,
@@ -244,4 +247,20 @@ def _gpu() -> dict[str, Any]:
             }
     except (ImportError, RuntimeError):
         pass
-    return {"device": None}
+    driver = _cuda.driver_version()
+    facts["driver serves CUDA"] = driver and f"{driver[0]}.{driver[1]}"
+    try:
+        built = _cuda.build_facts()
+    except ImportError as error:
+        return {**facts, "kernels built": False, "kernels loaded": False, "why not": str(error)}
+    facts["kernels built"] = built is not None
+    if built:
+        facts["kernels' CUDA"] = ".".join(map(str, built["cuda"]))
+        facts["kernels' targets"] = ", ".join([f"sm_{target}" for target in built["targets"]])
+        facts["kernels' PTX"] = ", ".join(f"compute_{target}" for target in built["ptx"]) or None
+    why_not = _load_error() or _cuda.reason
+    if why_not is None and facts["device"]:
+        why_not = _cuda.missing(tuple(map(int, facts["capability"].split("."))))
+    facts["kernels loaded"] = why_not is None
+    facts["why not"] = why_not
+    return facts

@@ -16,6 +16,20 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`gpu` tests are skipped where no card is."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not _card():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA card here"))
+
+
+def _card() -> bool:
+    import torch
+
+    return torch.version.hip is None and torch.cuda.is_available()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Measured times go to a folder of the tests' own."""
@@ -46,3 +60,24 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest):
+    """Tests that make their tensors themselves run on a CPU and, where there is one, on a card.
+
+    Within it new tensors are on the device; on a card what is allocated is NaN, or the largest integer, until it is
+    written.
+    """
+    import torch
+
+    if request.param == "cpu":
+        yield request.param
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_default_device(request.param)
+    try:
+        yield request.param
+    finally:
+        torch.set_default_device(None)
+        torch.use_deterministic_algorithms(False)

@@ -323,7 +323,8 @@ def test_compiler_errors_end_in_one_line(project, run_python):
 def checkout(tmp_path) -> Path:
     """A bertkern without its library."""
     folder = stub(tmp_path / "checkout", "bertkern", "")
-    shutil.copy(ROOT / "bertkern" / "_lib.py", folder / "bertkern")
+    for name in ("_lib.py", "_cuda.py"):
+        shutil.copy(ROOT / "bertkern" / name, folder / "bertkern")
     return folder
 
 

@@ -1,63 +1,10 @@
-// Checks at the operators' edge. They throw std::runtime_error with the house text and no build paths.
+// Checks at the edge of the CPU's operators.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <sstream>
-#include <stdexcept>
-#include <string>
-
 #include "cpu/rowwise/rowwise.h"
+#include "edge.h"
 
 namespace bertkern::ops {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class... Parts>
-void require(bool condition, Parts&&... parts) {
-  if (condition) return;
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
-}
-
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << "]";
-  return text.str();
-}
-
-inline const char* dtype_name(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return "another dtype";
-  }
-}
-
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // A contiguous CPU tensor of one dtype.
 inline Tensor expect(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
@@ -65,10 +12,6 @@ inline Tensor expect(const char* op, const char* name, const Tensor& t, ScalarTy
   require(t.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype_name(dtype), ". Got ",
           dtype_name(t.scalar_type()), ".");
   return dense(t);
-}
-
-inline bool is_activation_dtype(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
 }
 
 inline Tensor expect_float(const char* op, const char* name, const Tensor& t) {
@@ -93,16 +36,8 @@ inline cpu::Dtype kernel_dtype(ScalarType t) {
   }
 }
 
-inline int64_t dtype_bytes(ScalarType t) { return t == ScalarType::Float ? 4 : 2; }
-
 inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
-}
-
-inline std::vector<int64_t> shape_vector(const Tensor& t) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
-  return shape;
 }
 
 inline cpu::Activation checked_activation(const char* op, int64_t activation) {
