@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from .table import Entry
+from .table import PRECISION, Entry
 
 MAX_HEAD_DIM = 128
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -131,7 +131,7 @@ def _products(
     for column in range(0, D, CHUNK):
         left = _rows(a, a_start, length, a_t, column, A_ROWS, CHUNK, D, ALIGN, UPCAST)
         right = _rows(b, b_start, length, b_t, column, B_ROWS, CHUNK, D, ALIGN, UPCAST)
-        total = tl.dot(left, right.T, total, input_precision="tf32x3")
+        total = tl.dot(left, right.T, total, input_precision=PRECISION)
     return total
 
 
@@ -175,17 +175,18 @@ def _raise(peak, score):
 
 
 @triton.jit(
-    do_not_specialize=["T", "H", "max_length"], do_not_specialize_on_alignment=["cu_seqlens", "numbers", "factors"]
+    do_not_specialize=["T", "H", "max_length"],
+    do_not_specialize_on_alignment=["cu_seqlens", "counts", "numbers", "factors"],
 )
 def attend(
-    q, k, v, cu_seqlens, numbers, factors, bias, out, statistics, T, H, max_length, scale,
+    q, k, v, cu_seqlens, counts, numbers, factors, bias, out, statistics, T, H, max_length, scale,
     q_t, q_h, k_t, k_h, v_t, v_h, factors_b, factors_h, bias_b, bias_h, bias_q,
     D: tl.constexpr, CHUNK: tl.constexpr, SLICE: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr,
     ALIGN: tl.constexpr, BIAS_ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out [T, H, D], and of each row's scores the maximum and the inverse of the sum of powers, statistics [2, H, T].
 
-    One program BQ queries of a head of a sequence.
+    One program BQ queries of a head of a sequence, whose first counts[sequence] tokens are its keys.
     """
     first, sequence, head, number, begin, length, stop, factor = _place(
         cu_seqlens, numbers, factors, T, H, max_length, factors_b, factors_h, BQ
@@ -206,22 +207,28 @@ def attend(
     peak = tl.full((BQ,), float("-inf"), tl.float32)
     total = tl.zeros((BQ,), tl.float32)
     context = tl.zeros((BQ, SLICE), tl.float32)
-    end = length
+    last = length
+    if counts is not None:
+        last = tl.minimum(length, tl.load(counts + sequence))
+    end = last
     if CAUSAL:
-        end = tl.minimum(length, first + BQ)
+        end = tl.minimum(last, first + BQ)
     for start in range(0, end, BK):
         if CHUNK >= D:
-            keys = _rows(k, start, length, k_t, 0, BK, CHUNK, D, ALIGN, UPCAST)
-            product = tl.dot(queries, keys.T, input_precision="tf32x3")
+            keys = _rows(k, start, last, k_t, 0, BK, CHUNK, D, ALIGN, UPCAST)
+            product = tl.dot(queries, keys.T, input_precision=PRECISION)
         else:
+            # Rows of k past its last key count for nothing below.
             product = _products(q, first, q_t, k, start, k_t, length, BQ, BK, CHUNK, D, ALIGN, UPCAST)
         score = _scores(product, first, start, length, scale, bias, bias_q, BQ, BK, CAUSAL, BIAS_ALIGN, False)
+        if counts is not None:
+            score = tl.where((start + tl.arange(0, BK) < last)[None, :], score, float("-inf"))
         raised, base = _raise(peak, score)
         shrink = _power(peak - base, bias)
         weight = _power(score - base[:, None], bias)
         peak, total = raised, total * shrink + tl.sum(weight, 1)
-        values = _rows(v, start, length, v_t, column, BK, SLICE, D, ALIGN, UPCAST)
-        context = tl.dot(weight.to(values.dtype), values, context * shrink[:, None], input_precision="tf32x3")
+        values = _rows(v, start, last, v_t, column, BK, SLICE, D, ALIGN, UPCAST)
+        context = tl.dot(weight.to(values.dtype), values, context * shrink[:, None], input_precision=PRECISION)
     inverse = tl.where(total == 0, 0.0, 1 / total)
     context = context * (inverse * factor)[:, None]
     _store_rows(_at(out, head, D, token, H * D, 1), first, length, H * D, column, context, BQ, SLICE, D)
@@ -280,15 +287,15 @@ def attend_queries(
         keys = _rows(k, start, length, k_t, column, BK, SLICE, D, ALIGN, UPCAST)
         if CHUNK >= D:
             values = _rows(v, start, length, v_t, 0, BK, CHUNK, D, ALIGN, UPCAST)
-            product = tl.dot(queries, keys.T, input_precision="tf32x3")
-            dweight = tl.dot(dout, values.T, input_precision="tf32x3")
+            product = tl.dot(queries, keys.T, input_precision=PRECISION)
+            dweight = tl.dot(dout, values.T, input_precision=PRECISION)
         else:
             product = _products(q, first, q_t, k, start, k_t, length, BQ, BK, CHUNK, D, ALIGN, UPCAST)
             dweight = _products(grad, first, grad_t, v, start, v_t, length, BQ, BK, CHUNK, D, ALIGN, UPCAST)
         score = _scores(product, first, start, length, scale, bias, bias_q, BQ, BK, CAUSAL, BIAS_ALIGN, False)
         weight = _power(score - peak[:, None], bias) * inverse[:, None]
         dscore = weight * (dweight * factor - along[:, None])
-        total = tl.dot(dscore.to(keys.dtype), keys, total, input_precision="tf32x3")
+        total = tl.dot(dscore.to(keys.dtype), keys, total, input_precision=PRECISION)
     _store_rows(_at(dq, head, D, token, H * D, 1), first, length, H * D, column, total * unit, BQ, SLICE, D)
 
 
@@ -335,16 +342,16 @@ def attend_keys(
         along = tl.load(delta + rows, mask=live, other=0)
         # All transposed: keys x queries.
         if CHUNK >= D:
-            product = tl.dot(keys, queries.T, input_precision="tf32x3")
-            dweight = tl.dot(values, dout.T, input_precision="tf32x3")
+            product = tl.dot(keys, queries.T, input_precision=PRECISION)
+            dweight = tl.dot(values, dout.T, input_precision=PRECISION)
         else:
             product = _products(k, first, k_t, q, start, q_t, length, BK, BQ, CHUNK, D, ALIGN, UPCAST)
             dweight = _products(v, first, v_t, grad, start, grad_t, length, BK, BQ, CHUNK, D, ALIGN, UPCAST)
         score = _scores(product, start, first, length, scale, bias, bias_q, BQ, BK, CAUSAL, BIAS_ALIGN, True)
         weight = _power(score - peak[None, :], bias) * inverse[None, :]
-        dvalues = tl.dot(weight.to(dout.dtype), dout, dvalues, input_precision="tf32x3")
+        dvalues = tl.dot(weight.to(dout.dtype), dout, dvalues, input_precision=PRECISION)
         dscore = weight * (dweight * factor - along[None, :])
-        dkeys = tl.dot(dscore.to(queries.dtype), queries, dkeys, input_precision="tf32x3")
+        dkeys = tl.dot(dscore.to(queries.dtype), queries, dkeys, input_precision=PRECISION)
     _store_rows(_at(dk, head, D, token, H * D, 1), first, length, H * D, column, dkeys * unit, BK, SLICE, D)
     _store_rows(_at(dv, head, D, token, H * D, 1), first, length, H * D, column, dvalues * factor, BK, SLICE, D)
 
@@ -397,8 +404,8 @@ def attend_bias(
                 keys = _rows(own_k, key, length, k_t, 0, BK, CHUNK, D, ALIGN, UPCAST)
                 values = _rows(own_v, key, length, v_t, 0, BK, CHUNK, D, ALIGN, UPCAST)
                 dout = _rows(own_grad, query, length, grad_t, 0, BQ, CHUNK, D, ALIGN, UPCAST)
-                product = tl.dot(queries, keys.T, input_precision="tf32x3")
-                dweight = tl.dot(dout, values.T, input_precision="tf32x3")
+                product = tl.dot(queries, keys.T, input_precision=PRECISION)
+                dweight = tl.dot(dout, values.T, input_precision=PRECISION)
             else:
                 product = _products(own_q, query, q_t, own_k, key, k_t, length, BQ, BK, CHUNK, D, ALIGN, UPCAST)
                 dweight = _products(own_grad, query, grad_t, own_v, key, v_t, length, BQ, BK, CHUNK, D, ALIGN, UPCAST)
@@ -455,8 +462,8 @@ def attend_factors(
         if CHUNK >= D:
             keys = _rows(k, start, length, k_t, 0, BK, CHUNK, D, ALIGN, UPCAST)
             values = _rows(v, start, length, v_t, 0, BK, CHUNK, D, ALIGN, UPCAST)
-            product = tl.dot(queries, keys.T, input_precision="tf32x3")
-            dweight = tl.dot(dout, values.T, input_precision="tf32x3")
+            product = tl.dot(queries, keys.T, input_precision=PRECISION)
+            dweight = tl.dot(dout, values.T, input_precision=PRECISION)
         else:
             product = _products(q, first, q_t, k, start, k_t, length, BQ, BK, CHUNK, D, ALIGN, UPCAST)
             dweight = _products(grad, first, grad_t, v, start, v_t, length, BQ, BK, CHUNK, D, ALIGN, UPCAST)
@@ -538,6 +545,8 @@ class Sequences(NamedTuple):
         numbers: int32 [H], the original numbers of the heads that are there; None: 0, 1, 2, ...
         factors: [sequences, original heads] float, or None: all 1.
         bias: [1 or sequences, 1 or original heads, max_length, max_length] float, or None.
+        counts: int32 [sequences], how many of a sequence's tokens, the first ones, are keys; None: all. Of the forward
+            pass alone.
     """
 
     cu_seqlens: Tensor
@@ -547,6 +556,7 @@ class Sequences(NamedTuple):
     numbers: Tensor | None = None
     factors: Tensor | None = None
     bias: Tensor | None = None
+    counts: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -622,6 +632,7 @@ def _launch(
     of_factors = (0, 0) if factors is None else factors.stride()
     arguments = {
         "cu_seqlens": sequences.cu_seqlens,
+        "counts": sequences.counts,
         "numbers": sequences.numbers,
         "factors": factors,
         "bias": bias,
@@ -746,12 +757,13 @@ class Form(NamedTuple):
     bias: torch.dtype | None = None
     causal: bool = False
     some: bool = False
+    counts: bool = False
 
     @property
     def name(self) -> str:
         parts = [TYPES[self.dtype], str(self.d)]
         parts += [f"bias_{TYPES[self.bias]}"] if self.bias is not None else []
-        return "-".join(parts + ["causal"] * self.causal + ["some"] * self.some)
+        return "-".join(parts + ["causal"] * self.causal + ["some"] * self.some + ["counts"] * self.counts)
 
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -787,6 +799,7 @@ def _entry(kernel: Any, form: Form) -> Entry:
         **dict.fromkeys(("statistics", "delta", "partial"), "*fp32"),
         **{name: f"*{TYPES[form.bias]}" for name in ("bias", "dbias") if form.bias is not None},
         **({"factors": "*fp32", "numbers": "*i32"} if form.some else {}),
+        **({"counts": "*i32"} if form.counts else {}),
         "cu_seqlens": "*i32",
     }
     constexprs = {
@@ -795,6 +808,7 @@ def _entry(kernel: Any, form: Form) -> Entry:
         **({"ALL_SEQUENCES": True, "ALL_HEADS": False} if kernel is attend_bias else {}),
         **({} if form.some else {"factors": None, "numbers": None}),
         **({} if form.bias is not None else {"bias": None}),
+        **({} if form.counts else {"counts": None}),
     }
     names = kernel.arg_names
     signature = {name: pointers.get(name, _SCALARS.get(name, "i32")) for name in names if name not in constexprs}
@@ -811,10 +825,12 @@ def _entry(kernel: Any, form: Form) -> Entry:
     )
 
 
-_UNALIGNED = ("cu_seqlens", "numbers", "factors")
+_UNALIGNED = ("cu_seqlens", "counts", "numbers", "factors")
 
 
 def _kernels_of(form: Form) -> tuple[Any, ...]:
+    if form.counts:
+        return (attend,)
     more = (attend_bias,) if form.bias is not None else ()
     return (attend, attend_queries, attend_keys, *more, *((attend_factors,) if form.some else ()))
 
@@ -831,6 +847,9 @@ FORMS = (
     Form(torch.float32, 128, torch.float32, causal=True, some=True),
     Form(torch.float32, 32),
     Form(torch.float32, 26, torch.float32, causal=True),
+    Form(torch.float16, 64, counts=True),
+    Form(torch.bfloat16, 32, some=True, counts=True),
+    Form(torch.float32, 64, counts=True),
 )
 # Each kernel's forms as the launchers choose them: common head dimensions plain, awkward ones with all options.
 TABLE = tuple(_entry(kernel, form) for form in FORMS for kernel in _kernels_of(form))

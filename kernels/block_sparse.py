@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from .table import Entry
+from .table import PRECISION, Entry
 
 SIDES = (16, 32, 64, 128)
 # The interpreter multiplies the bit patterns of bf16, silently: there, operands become fp32 first.
@@ -91,7 +91,7 @@ def _sum_of_blocks(
         if total.dtype == tl.int32:
             total = tl.dot(a, w, total, out_dtype=tl.int32)
         else:
-            total = tl.dot(a, w, total, input_precision="tf32x3")
+            total = tl.dot(a, w, total, input_precision=PRECISION)
     return total
 
 
@@ -167,7 +167,7 @@ def multiply_sampled(
         b = tl.load(x + t_offset[:, None] * x_stride + j[None, :], mask=live[:, None] & j_inside[None, :], other=0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="tf32x3")
+        total = tl.dot(a, b, total, input_precision=PRECISION)
     # 0 x NaN of a masked load is NaN.
     total = tl.where(i_inside[:, None] & j_inside[None, :], total, 0.0)
     out = dvalues + block.to(tl.int64) * (BR * BC) + m[:, None] * BC + n[None, :]

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 # What a block may have of shared memory on every card since sm_80, the small ones (sm_86, 89, 120) included.
 SHARED_BYTES = 99 * 1024
+# How fp32 operands are multiplied: exactly, as three products of TF32; AMD's matrix cores take fp32 as it is.
+PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,10 @@ class Entry:
 
     def compile(self, capability: int) -> CompiledKernel:
         """The kernel for a compute capability, 10 * major + minor; needs no GPU."""
+        return self.compile_for(GPUTarget("cuda", capability, 32))
+
+    def compile_for(self, target: GPUTarget) -> CompiledKernel:
+        """The kernel for a target of Triton's, also AMD's; needs no GPU."""
         names = self.function.arg_names
         unknown = set(names) ^ (set(self.signature) | set(self.constexprs))
         if unknown:
@@ -49,4 +57,4 @@ class Entry:
         signature = {name: self.signature.get(name, "constexpr") for name in names}
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
         source = ASTSource(self.function, signature, dict(self.constexprs), attributes)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
+        return triton.compile(source, target=target, options=dict(self.options))

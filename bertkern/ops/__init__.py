@@ -16,6 +16,7 @@ from .. import _ops  # noqa: F401  (loads the operators)
 from .._ops import ACTIVATIONS
 from ..formats import BsrWeight, CsrWeight, GroupwiseWeight
 from ..formats.groupwise import AXES
+from .varlen import attention_varlen
 
 _op = torch.ops.bertkern
 
@@ -434,6 +435,7 @@ __all__ = [
     "add_layernorm",
     "attention",
     "attention_requantize",
+    "attention_varlen",
     "cpu_isa",
     "embed",
     "linear",

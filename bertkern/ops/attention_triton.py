@@ -5,11 +5,13 @@
     attention_cuda_bias_gradient     dbias, where it is asked for
     attention_cuda_mask_gradient     dhead_mask, where it is asked for: what importance scores of heads are made of
 
-On CUDA with heads of up to 128 they are Triton kernels (kernels/attention.py); everything else, float64 among it, is
-plain PyTorch over padded sequences. Neither asks the GPU for lengths, so a CUDA graph of a batch and a max_length
-serves any lengths.
+On CUDA with heads of up to 128 they are Triton kernels (kernels/attention.py), the forward pass also a CUDA kernel of
+the compiled library (csrc/cuda/attention; fp16 and bf16); everything else, float64 among it, is plain PyTorch over
+padded sequences. `provider` says who computes. None asks the GPU for lengths, so a CUDA graph of a batch and a
+max_length serves any lengths.
 
-No card has run the kernels yet: they are tested in Triton's interpreter and compiled for sm_80, 90 and 100.
+No card has run the kernels yet: those of Triton are tested in its interpreter and compiled for sm_80, 90 and 100, the
+CUDA kernel's source runs on the host and is compiled for sm_80, 90a, 100a and 120.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _triton
+from .. import _cuda, _triton
 from .block_sparse import FLOATS, _expect, _tensor_cores
 
 OP = "attention_cuda"
+# Who may be asked to compute, as the operators count them. By "auto" Triton does, as long as no card has measured that
+# the CUDA kernel is faster; the choice depends on dtype and d, never on lengths, which must not change any bits.
+PROVIDERS = {"auto": 0, "triton": 1, "cuda": 2, "torch": 3}
 
 
 class _Asked(NamedTuple):
@@ -40,6 +45,7 @@ class _Asked(NamedTuple):
     max_length: int
     causal: bool
     scale: float
+    provider: int = 0
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -193,6 +199,61 @@ def _triton_for(q: Tensor) -> ModuleType | None:
     return found if found is not None and found.supported(q.shape[2], q.dtype) else None
 
 
+# --- the CUDA kernel -----------------------------------------------------------------------------------------------
+
+
+def _lacking(device: torch.device) -> str | None:
+    """Why the compiled library does not run there, or None where it does."""
+    return _cuda.missing(torch.cuda.get_device_capability(device))
+
+
+def _cuda_fits(q: Tensor, scale: float) -> bool:
+    """Whether the compiled library's kernel takes such tensors, and runs on their device."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or not 0 < q.shape[2] <= 128:
+        return False
+    return 0 < scale < float("inf") and _tensor_cores(q.device) and _lacking(q.device) is None
+
+
+def _cuda_forward(
+    q: Tensor, k: Tensor, v: Tensor, asked: _Asked, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out and the statistics that the Triton kernels' gradients read; counts: how many first tokens are keys."""
+    numbers = None if asked.heads is None else _numbers(tuple(asked.heads), q.device)
+    factors = None if asked.head_mask is None else asked.head_mask.float()
+    return torch.ops.bertkern.attention_cuda_forward(
+        q, k, v, asked.cu_seqlens, counts, numbers, factors, asked.bias, asked.max_length, asked.causal, asked.scale
+    )
+
+
+def provider(q: Tensor, scale: float = 1.0, asked: int | str = "auto") -> str:
+    """Who computes the forward pass for such a q [T, H, d]: "triton", "cuda" or "torch", plain PyTorch.
+
+    `asked` is one of `PROVIDERS`, by name or number. The gradients are Triton's wherever it fits and plain PyTorch is
+    not asked for.
+
+    Raises:
+        RuntimeError: what is asked for is unknown, or does not fit here.
+    """
+    names = {number: name for name, number in PROVIDERS.items()}
+    name = asked if isinstance(asked, str) else names.get(asked)
+    _expect(OP, "provider", f"one of {', '.join(PROVIDERS)}", asked, name in PROVIDERS)
+    if name == "torch":
+        return name
+    fitting = [
+        *(["triton"] if name != "cuda" and _triton_for(q) is not None else []),
+        *(["cuda"] if name != "triton" and _cuda_fits(q, scale) else []),
+    ]
+    if name == "auto":
+        return next(iter(fitting), "torch")
+    expected = f"auto or torch for heads of {q.shape[2]} in {q.dtype} on {q.device} here"
+    _expect(OP, "provider", expected, name, name in fitting)
+    return str(name)
+
+
+def _triton_for_gradients(q: Tensor, asked: _Asked) -> ModuleType | None:
+    return None if asked.provider == PROVIDERS["torch"] else _triton_for(q)
+
+
 @functools.lru_cache(maxsize=1024)
 def _numbers(heads: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(heads, dtype=torch.int32, device=device)
@@ -219,7 +280,7 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- the operators -------------------------------------------------------------------------------------------------
 
 _ASKED = "Tensor cu_seqlens, Tensor? head_mask, Tensor? bias, int[]? heads, SymInt max_length, bool causal, float scale"
-_OPERANDS = f"Tensor q, Tensor k, Tensor v, {_ASKED}"
+_OPERANDS = f"Tensor q, Tensor k, Tensor v, {_ASKED}, int provider=0"
 
 
 @torch.library.custom_op(
@@ -230,8 +291,12 @@ def _attention(q, k, v, *arguments):
     asked = _Asked(*arguments)
     _check(q, k, v, asked)
     _check_lengths(q.shape[0], asked)
-    found = _triton_for(q)
-    if found is not None:
+    by = provider(q, asked.scale, asked.provider)
+    if by == "cuda":
+        return _cuda_forward(q, k, v, asked)
+    if by == "triton":
+        found = _triton_for(q)
+        assert found is not None
         return found.attention(q, k, v, _sequences(found, asked))
     # Plain gradients begin anew: they need no statistics.
     statistics = q.new_zeros(2, q.shape[1], q.shape[0], dtype=torch.float32)
@@ -249,7 +314,8 @@ def _attention(q, k, v, *arguments):
 )
 @_as_it_is
 def _gradients(grad, out, statistics, q, k, v, *arguments):
-    asked, found = _Asked(*arguments), _triton_for(q)
+    asked = _Asked(*arguments)
+    found = _triton_for_gradients(q, asked)
     if found is not None:
         return found.attention_gradients(grad, q, k, v, out, statistics, _sequences(found, asked))
     # Nor does the bias's gradient need delta here.
@@ -270,7 +336,8 @@ def _gradients(grad, out, statistics, q, k, v, *arguments):
 )
 @_as_it_is
 def _bias_gradient(grad, statistics, delta, q, k, v, *arguments):
-    asked, found = _Asked(*arguments), _triton_for(q)
+    asked = _Asked(*arguments)
+    found = _triton_for_gradients(q, asked)
     if found is not None:
         return found.attention_bias_gradient(grad, q, k, v, statistics, delta, _sequences(found, asked))
     if _nothing(q, asked):
@@ -283,7 +350,8 @@ def _bias_gradient(grad, statistics, delta, q, k, v, *arguments):
 )
 @_as_it_is
 def _mask_gradient(grad, q, k, v, *arguments):
-    asked, found = _Asked(*arguments), _triton_for(q)
+    asked = _Asked(*arguments)
+    found = _triton_for_gradients(q, asked)
     if found is not None:
         return found.attention_factors_gradient(grad, q, k, v, _sequences(found, asked))
     if _nothing(q, asked):
@@ -334,7 +402,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
     if any(needed[:3]) or needed[5]:
         *found, delta = _gradients(grad, out, statistics, *operands)
         for_bias = _bias_gradient(grad, statistics, delta, *operands) if needed[5] else None
-    return (*found, None, for_mask, for_bias, None, None, None, None)
+    return (*found, None, for_mask, for_bias, *[None] * len(ctx.rest))
 
 
 _attention.register_autograd(_backward, setup_context=_save)
@@ -352,6 +420,7 @@ def attention_cuda(
     causal: bool = False,
     scale: float | None = None,
     heads: Sequence[int] | None = None,
+    provider: str = "auto",
 ) -> Tensor:
     """Attention of every token of packed sequences to the tokens of its own sequence; once differentiable.
 
@@ -374,9 +443,12 @@ def attention_cuda(
         scale: of q k^T; 1 / sqrt(d) by default.
         heads: the original numbers of the H heads that are there, where head_mask and bias speak of all that there
             once were. Copied to the GPU at their first use, which a CUDA graph must not be.
+        provider: who computes the forward pass: "auto", "triton", "cuda" (the compiled library's kernel: fp16 and bf16)
+            or "torch", plain PyTorch. Each has bits of its own. "auto" is Triton where it is installed.
 
     Raises:
-        RuntimeError: shapes, dtypes, devices or heads that do not fit; on a CPU also cu_seqlens and max_length.
+        RuntimeError: shapes, dtypes, devices, heads or a provider that do not fit; on a CPU also cu_seqlens and
+            max_length.
 
     Example:
         >>> q, k, v = torch.randn(3, 7, 2, 16)
@@ -397,4 +469,6 @@ def attention_cuda(
     if scale is None:
         # What has no last dimension is refused below.
         scale = max((1, *q.shape[-1:])) ** -0.5
-    return _attention(q, k, v, cu_seqlens, head_mask, bias, heads, max_length, causal, scale)[0]
+    _expect(OP, "provider", f"one of {', '.join(PROVIDERS)}", provider, provider in PROVIDERS)
+    number = PROVIDERS[provider]
+    return _attention(q, k, v, cu_seqlens, head_mask, bias, heads, max_length, causal, scale, number)[0]

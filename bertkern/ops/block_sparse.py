@@ -5,8 +5,9 @@
     block_sparse_values_gradient  dvalues[b] = dy^T x   at the blocks that are kept alone -> [nnzb, br, bc]
 
 Each is bilinear and the gradient of each is made of the other two, so any derivative is exact and reads kept blocks
-only. On CUDA with blocks of 16 to 128 a side they are Triton kernels (kernels/block_sparse.py); everything else,
-float64 among it, is plain PyTorch: a matrix product a block row.
+only. On CUDA with blocks of 16 to 128 a side they are Triton kernels (kernels/block_sparse.py), or the forward pass is
+one of the CUDA library (csrc/cuda/block_sparse), as bertkern/ops/linear_providers.py chooses; everything else, float64
+among it, is plain PyTorch: a matrix product a block row.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from .. import _triton
 from ..formats.bsr import BsrWeight
+from . import linear_providers as providers
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -164,6 +166,23 @@ def _weight_index(found: ModuleType, pattern: _Pattern) -> Any:
     return found.WeightIndex(**{name: getattr(pattern, name) for name in found.WeightIndex._fields})
 
 
+# --- the CUDA library ----------------------------------------------------------------------------------------------
+
+SIDES = (32, 64, 128)
+
+
+def _misfit(x: Tensor, block: tuple[int, int], dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why the CUDA library's kernels do not take x and a weight in such blocks, or None."""
+    if block[0] not in SIDES or block[1] not in SIDES:
+        return f"there is no kernel for blocks of {block[0]} x {block[1]}"
+    return providers.dtype_misfit(x, dtypes) or providers.rows_misfit(x)
+
+
+@providers.fake("block_sparse_linear_mma")
+def _(x, values, bias, index, n, activation=0, residual=None, out_dtype=None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n, dtype=out_dtype or x.dtype)
+
+
 # --- the operators -------------------------------------------------------------------------------------------------
 
 
@@ -218,11 +237,16 @@ def _matrix(x: Tensor) -> Tensor:
 @torch.library.custom_op(
     "bertkern::block_sparse_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor values, Tensor? bias, Tensor index, int n) -> Tensor",
+    schema="(Tensor x, Tensor values, Tensor? bias, Tensor index, int n, int provider=0) -> Tensor",
 )
-def _linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, n: int) -> Tensor:
+def _linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, n: int, provider: int = providers.AUTO
+) -> Tensor:
     _check_linear(x, values, bias, index, n)
     pattern = _cut(index, (n, x.shape[-1]), values.shape)
+    misfit = _misfit(x, pattern.block, providers.HALF) if x.is_cuda else None
+    if providers.by_cuda("block_sparse_linear", providers.BLOCK_SPARSE, provider, x, misfit, pattern.block[0]):
+        return torch.ops.bertkern.block_sparse_linear_mma.default(x, values, bias, index, n)
     found = _triton_for(values, pattern.block)
     if found is not None:
         return found.block_sparse_linear(x, _weight_index(found, pattern), values, bias)
@@ -261,7 +285,7 @@ def _values_gradient(grad: Tensor, x: Tensor, index: Tensor, kept: int, br: int,
 
 
 @_linear.register_fake
-def _(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, n: int) -> Tensor:
+def _(x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, n: int, provider: int = 0) -> Tensor:
     _check_linear(x, values, bias, index, n)
     return x.new_empty(*x.shape[:-1], n)
 
@@ -279,7 +303,7 @@ def _(grad: Tensor, x: Tensor, index: Tensor, kept: int, br: int, bc: int) -> Te
 
 
 def _save_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, values, _, index, _ = inputs
+    x, values, _, index, *_ = inputs
     ctx.save_for_backward(x, values, index)
 
 
@@ -290,8 +314,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
         _input_gradient(grad, values, index, x.shape[-1]) if for_x else None,
         _values_gradient(grad, x, index, *values.shape) if for_values else None,
         _matrix(grad).sum(0) if for_bias else None,
-        None,
-        None,
+        *[None] * (len(ctx.needs_input_grad) - 3),  # an argument that has its default may be left out
     )
 
 
@@ -324,7 +347,12 @@ _values_gradient.register_autograd(_values_gradient_backward, setup_context=_sav
 
 
 def block_sparse_linear(
-    x: Tensor, values: Tensor, index: Tensor, out_features: int, bias: Tensor | None = None
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    provider: str = "auto",
 ) -> Tensor:
     """x W^T + b for a W of which only `values`, its kept blocks, exist; differentiable any number of times.
 
@@ -336,9 +364,11 @@ def block_sparse_linear(
         index: of `block_index`.
         out_features: N.
         bias: [N], dtype of x.
+        provider: of the forward pass on a GPU, see bertkern.ops.linear_providers.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
+        ValueError: no such provider.
 
     Example:
         >>> weight = BsrWeight.from_dense(torch.eye(4), (2, 2))
@@ -352,4 +382,4 @@ def block_sparse_linear(
             tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
             for tensor in (x, values, bias)
         )
-    return _linear(x, values, bias, index, out_features)
+    return _linear(x, values, bias, index, out_features, providers.provider_code(provider))

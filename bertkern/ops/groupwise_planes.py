@@ -1,6 +1,7 @@
-"""Group-wise weights laid out for the Triton kernels: planes of bits over strips of columns, and back.
+"""Group-wise weights laid out for the GPU's kernels: planes of bits over strips of columns, and back.
 
-The layout is described at the head of kernels/groupwise.py. It is made in plain PyTorch, on any device.
+The layout is described at the head of kernels/groupwise.py; the CUDA library's kernel (csrc/cuda/groupwise) reads the
+same. It is made in plain PyTorch, on any device.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
     groupwise_linear_cuda    y = activation(x W^T + b) + residual      x [..., K] -> [..., N]
 
 On CUDA, int8 activations of any float dtype, and fp16 and bf16 ones as they are, run as Triton kernels
-(kernels/groupwise.py), for codes of 2 to 8 bits along either axis; everything else is plain PyTorch with the
-dequantized weight. Neither asks the GPU for anything, so a CUDA graph may hold the operator.
+(kernels/groupwise.py), for codes of 2 to 8 bits along either axis. For fp16 and bf16 ones and 2, 3, 4 and 8 bits the
+CUDA library has a kernel that is made for few rows (csrc/cuda/groupwise); bertkern/ops/linear_providers.py chooses.
+Everything else is plain PyTorch with the dequantized weight. Nothing asks the GPU for anything, so a CUDA graph may
+hold the operator.
 
 No card has run the kernels yet: they are tested in Triton's interpreter and compiled for sm_80, 90 and 100.
 """
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _gradients, _triton
+from . import linear_providers as providers
 from .block_sparse import FLOATS, _expect, _tensor_cores
 from .groupwise_planes import GroupwisePlanes, part_bytes, plane_codes, strip_count
 
@@ -45,6 +48,7 @@ class _Call(NamedTuple):
     input_scale: float
     input_zero_point: int
     out_dtype: torch.dtype
+    provider: int = providers.AUTO
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -217,12 +221,42 @@ def _launch(found: ModuleType, call: _Call) -> Tensor:
     return y.view(*x.shape[:-1], n)
 
 
+# --- the CUDA library ----------------------------------------------------------------------------------------------
+
+_MMA_BITS = (2, 3, 4, 8)
+_MMA_ROWS = 16 * 65535  # of a grid
+
+
+def _misfit(call: _Call) -> str | None:
+    """Why the CUDA library's kernels do not take a call, or None."""
+    if call.quantized:
+        return "it has kernels for fp16 and bf16 activations, not for those that are rounded to int8"
+    wrong = sorted(set(call.bits) - set(_MMA_BITS))
+    if wrong:
+        return f"there is no kernel for codes of {wrong[0]} bits"
+    if call.x.shape[:-1].numel() > _MMA_ROWS:
+        return f"there are more than {_MMA_ROWS} rows"
+    return providers.dtype_misfit(call.x, providers.HALF)
+
+
+def _by_cuda(call: _Call) -> Tensor:
+    return torch.ops.bertkern.groupwise_linear_mma.default(
+        call.x, call.codes, call.members, call.scale, call.shift, call.bias, call.residual, call.bits, call.group,
+        call.activation, call.out_dtype,
+    )  # fmt: skip
+
+
+@providers.fake("groupwise_linear_mma")
+def _(x, codes, members, scale, shift, bias, residual, bits, group, activation=0, out_dtype=None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scale.shape[1], dtype=out_dtype or x.dtype)
+
+
 # --- the operator --------------------------------------------------------------------------------------------------
 
 _SCHEMA = (
     "(Tensor x, Tensor[] codes, Tensor[] members, Tensor scale, Tensor? shift, Tensor column_sum, Tensor? bias, "
     "Tensor? residual, int[] bits, int group, int activation, bool quantized, float input_scale, "
-    "int input_zero_point, ScalarType out_dtype) -> Tensor"
+    "int input_zero_point, ScalarType out_dtype, int provider=0) -> Tensor"
 )
 
 
@@ -230,6 +264,8 @@ _SCHEMA = (
 def _linear(*arguments):
     call = _Call(*arguments)
     _check(call)
+    if providers.by_cuda(OP, providers.GROUPWISE, call.provider, call.x, _misfit(call) if call.x.is_cuda else None):
+        return _by_cuda(call)
     found = _triton_for(call.x, call.quantized)
     if found is not None:
         return _launch(found, call)
@@ -264,6 +300,7 @@ def groupwise_linear_cuda(
     quantized: bool = True,
     input_scale: float = 0.0,
     input_zero_point: int = 0,
+    provider: str = "auto",
 ) -> Tensor:
     """activation(x W^T + b) + residual for a W of low-bit codes; once differentiable in x, bias and residual.
 
@@ -279,9 +316,11 @@ def groupwise_linear_cuda(
         out_dtype: of the result; None: that of x.
         quantized: whether x is rounded to int8, as bertkern.ops.linear rounds it; else it is multiplied as it is.
         input_scale, input_zero_point: of int8, see `bertkern.ops.pack_qlinear`.
+        provider: see bertkern.ops.linear_providers; with "cuda-few" sums do depend on the number of rows.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
+        ValueError: no such provider.
 
     Example:
         >>> weight = pack_for_triton(quantize_groupwise(torch.ones(64, 48), bits=4, group_size=8))
@@ -291,4 +330,5 @@ def groupwise_linear_cuda(
     return torch.ops.bertkern.groupwise_linear_cuda.default(
         x, weight.codes, weight.members, weight.scale, weight.shift, weight.column_sum, bias, residual, weight.bits,
         weight.group, activation, quantized, input_scale, input_zero_point, out_dtype or x.dtype,
+        providers.provider_code(provider),
     )  # fmt: skip

@@ -1,9 +1,16 @@
 """Runs the kernels in Triton's interpreter, in a process of its own: TRITON_INTERPRET is read when they are defined.
 
-Prints a line for each case: its name, and "ok" or what is wrong, as JSON.
+Prints a line for each case: its name, and "ok" or what is wrong, as JSON. With BERTKERN_TEST_DEVICE=cuda the same cases
+run on a card, whatever is made being made there.
+
+    --list          names alone    --only NAME   what begins with it; may be repeated    --first N   the first ones
+
+With --only or --first the exit status is 1 where a case is wrong, or none is left.
 """
 
+import argparse
 import json
+import os
 import sys
 import traceback
 
@@ -16,7 +23,10 @@ from bertkern.nn import BlockSparseLinear
 from bertkern.ops import block_sparse as ops
 
 kernels = _triton.kernels("block_sparse")
-assert kernels.INTERPRETED
+ON_CARD = os.environ.get("BERTKERN_TEST_DEVICE") == "cuda"
+assert kernels.INTERPRETED != ON_CARD
+if ON_CARD and "--list" not in sys.argv:
+    torch.set_default_device("cuda")
 
 DTYPES = {name: dtype for dtype, name in kernels.TYPES.items()}
 # Rounding of a result: to nearest, of bf16 in this interpreter towards zero.
@@ -69,7 +79,8 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def launch(entry, programs: int, **arguments) -> None:
-    entry.function[(programs,)](**arguments, **{k: v for k, v in entry.constexprs.items() if k not in arguments})
+    constexprs = {name: value for name, value in entry.constexprs.items() if name not in arguments}
+    entry.function[(programs,)](**arguments, **constexprs, **entry.options)
 
 
 def run_multiply(entry, t: int, n: int, k: int) -> None:
@@ -243,15 +254,32 @@ def cases():
         yield check.__name__, check
 
 
-def run(cases) -> None:
-    for name, check in cases:
+def run(cases) -> int:
+    """Runs what the command line leaves of (name, check) pairs; the exit status."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--first", type=int)
+    asked = parser.parse_args()
+    chosen = [case for case in cases if not asked.only or case[0].startswith(tuple(asked.only))][: asked.first]
+    if asked.list:
+        print("\n".join(name for name, _ in chosen))
+        return 0
+    wrong = 0
+    for name, check in chosen:
         torch.manual_seed(0)
         try:
             check()
+            if ON_CARD:
+                torch.cuda.synchronize()
             said = "ok"
         except Exception:
             said = traceback.format_exc(limit=-3)
+            wrong += 1
         print(json.dumps({"case": name, "said": said}), flush=True)
+        if said != "ok":
+            print(f"{name}: {said.strip().splitlines()[-1]}", file=sys.stderr)
+    return int((asked.only or asked.first is not None) and (wrong > 0 or not chosen))
 
 
 if __name__ == "__main__":

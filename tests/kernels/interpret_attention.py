@@ -14,10 +14,10 @@ from torch import Tensor
 from bertkern import _triton
 from bertkern.ops import attention_triton as ops
 from tests.kernels.attention_reference import attention_reference
-from tests.kernels.interpret import run
+from tests.kernels.interpret import ON_CARD, run
 
 kernels = _triton.kernels("attention")
-assert kernels.INTERPRETED
+assert kernels.INTERPRETED != ON_CARD
 
 # Largest error as a share of the largest result: of fp32 sums, of fp16 as stored, of bf16 as cut off when stored.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -110,8 +110,34 @@ def agree(
 
 def problem(form: Any, lengths: tuple[int, ...]) -> None:
     """A form of the table, by whatever kernels it takes."""
+    if form.counts:
+        with_counts(form, lengths)
+        return
     some = {"mask": True, "heads": (3, 0)} if form.some else {}
     agree(form.dtype, form.d, lengths, bias=form.bias, causal=form.causal, spare=3, **some)
+
+
+def with_counts(form: Any, lengths: tuple[int, ...]) -> None:
+    """The first tokens of a sequence are its keys, all, some or none; the others are queries; nothing else is read."""
+    heads = 2
+    x = packed(sum(lengths) + 3, heads, form.d, form.dtype)
+    counts = [(length, 2 * length // 3, 0)[i % 3] for i, length in enumerate(lengths)]
+    mask = torch.tensor([[1.0, 0.5], [0, 2], [1, 1]])[: len(lengths)] if form.some else None
+    length = max(lengths)
+    hidden = torch.zeros(len(lengths), 1, length, length, dtype=torch.float64)
+    for sequence, count in enumerate(counts):
+        hidden[sequence, :, :, count:] = float("-inf")
+    q, k, v = x.double().unbind(1)
+    expected = attention_reference(q, k, v, lengths, bias=hidden, head_mask=None if mask is None else mask.double())
+    begin = 0
+    for tokens, count in zip(lengths, counts, strict=True):
+        x[begin + count : begin + tokens, 1:] = NAN
+        begin += tokens
+    numbers = torch.arange(heads, dtype=torch.int32) if form.some else None
+    sequences = kernels.Sequences(
+        ends(lengths), length, form.d**-0.5, numbers=numbers, factors=mask, counts=torch.tensor(counts).int()
+    )
+    near(kernels.attention(*x.unbind(1), sequences)[0], expected, "out", form.dtype)
 
 
 @functools.cache
@@ -315,13 +341,13 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield check.__name__, check
 
 
-def main() -> None:
+def main() -> int:
     ops._triton_for = lambda q: kernels if kernels.supported(q.shape[2], q.dtype) else None
     # Fills what is allocated with NaN.
     torch.use_deterministic_algorithms(True)
     for kernel in ("attend", "attend_queries", "attend_keys", "attend_bias", "attend_factors"):
         setattr(kernels, kernel, Recorder(getattr(kernels, kernel)))
-    run(cases())
+    return run(cases())
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def leaves_of(options: dict, dtype: torch.dtype) -> tuple[list[Tensor], dict]:
     return qkv + [made[name] for name in ("bias", "head_mask") if name in made], made
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_plain(name, dtype):
@@ -67,6 +68,7 @@ def test_plain(name, dtype):
         torch.testing.assert_close(mine.double(), right, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradients_are_those_of_finite_differences(name):
     leaves, options = leaves_of(OPTIONS[name], torch.float64)
@@ -82,6 +84,7 @@ def test_gradients_are_those_of_finite_differences(name):
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", ["plain", "bias", "kept"])
 def test_opcheck(name):
     leaves, options = leaves_of(OPTIONS[name], torch.float32)
@@ -101,12 +104,14 @@ def test_compiled_for_any_number_of_tokens():
         torch.testing.assert_close(*grads)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_skipped_head_is_not_computed():
     q, k, v = (torch.full((4, 2, 8), float("nan"), requires_grad=True) for _ in range(3))
     out = attention_cuda(q, k, v, ends((4,)), 4, head_mask=torch.tensor([False, False]))
     assert not out.any()
 
 
+@pytest.mark.usefixtures("device")
 def test_queries_without_keys_give_zeros():
     x = torch.randn(4, 3, 1, 8, requires_grad=True)
     bias = torch.zeros(1, 1, 4, 4)
@@ -116,6 +121,7 @@ def test_queries_without_keys_give_zeros():
     assert torch.autograd.grad(out.sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.usefixtures("device")
 def test_heads_of_none_and_tokens_of_none():
     for shape, lengths in (((0, 2, 8), (0, 0)), ((3, 0, 8), (3,)), ((3, 2, 8), ())):
         x = torch.randn(shape, requires_grad=True)
@@ -124,6 +130,7 @@ def test_heads_of_none_and_tokens_of_none():
         assert not torch.autograd.grad(out.sum(), x)[0].any()
 
 
+@pytest.mark.usefixtures("device")
 def test_views_are_taken_as_they_are():
     x = torch.randn(2, 15, 3, 3, 8).transpose(2, 3)[1][..., 1:7]
     copies = [part.contiguous() for part in x.unbind(2)]
@@ -142,6 +149,60 @@ def test_differentiable_once():
     (grad,) = torch.autograd.grad(attention_cuda(x, x, x, ends(), 9).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["plain", "kept"])
+def test_plain_pytorch_may_be_asked_for(name):
+    leaves, options = leaves_of(OPTIONS[name], torch.float32)
+    grad = torch.randn(17, 3, 6)
+    out = attention_cuda(*leaves[:3], ends(), 9, **options)
+    asked = attention_cuda(*leaves[:3], ends(), 9, provider="torch", **options)
+    assert torch.equal(asked, out)
+    for mine, theirs in zip(*(torch.autograd.grad(y, leaves, grad) for y in (asked, out)), strict=True):
+        assert torch.equal(mine, theirs)
+    assert attention_triton.provider(leaves[0]) == "torch"
+
+
+class Pretending:
+    """What `provider` asks of a q, as if it were on a card."""
+
+    is_cuda, device = True, torch.device("cuda:0")
+
+    def __init__(self, d: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = torch.Size([5, 2, d]), dtype
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize(
+    "d, dtype, scale, taken",
+    [
+        (64, torch.float16, 0.1, True),
+        (26, torch.bfloat16, 0.1, True),
+        (64, torch.float32, 0.1, False),
+        (129, torch.float16, 0.1, False),
+        (64, torch.float16, -0.1, False),
+        (64, torch.float16, float("inf"), False),
+    ],
+)
+def test_who_computes(monkeypatch, triton, library, d, dtype, scale, taken):
+    """Triton where it fits, else the CUDA kernel where it fits, else PyTorch; what is asked for, where it fits."""
+
+    class Kernels:
+        supported = staticmethod(lambda d, dtype: d <= 128)
+
+    monkeypatch.setattr(attention_triton, "_tensor_cores", lambda device: True)
+    monkeypatch.setattr(attention_triton, "_kernels", lambda: Kernels if triton else None)
+    monkeypatch.setattr(attention_triton, "_lacking", lambda device: None if library else "not built")
+    q, by = Pretending(d, dtype), attention_triton.provider
+    by_triton, by_cuda = triton and d <= 128, library and taken
+    assert by(q, scale) == ("triton" if by_triton else "cuda" if by_cuda else "torch")
+    for name, fits in (("triton", by_triton), ("cuda", by_cuda), ("torch", True)):
+        if fits:
+            assert by(q, scale, name) == by(q, scale, attention_triton.PROVIDERS[name]) == name
+        else:
+            with pytest.raises(RuntimeError, match=f"expected provider auto or torch .* Got {name}"):
+                by(q, scale, name)
 
 
 def test_on_meta():
@@ -204,6 +265,12 @@ WRONG = {
         {"heads": [0, 1, 7], "head_mask": torch.ones(4, 6)},
         r"head_mask of shape \[sequences, heads\] = \[4, 8\] or \[8\]. Got \[4, 6\]",
     ),
+    "an unknown provider": ({"provider": "cublas"}, "provider one of auto, triton, cuda, torch. Got cublas"),
+    "the CUDA kernel on a CPU": (
+        {"provider": "cuda"},
+        "provider auto or torch for heads of 8 in torch.float32 on cpu here. Got cuda",
+    ),
+    "Triton on a CPU": ({"provider": "triton"}, "provider auto or torch for heads of 8 .* on cpu here. Got triton"),
     "a bias of other heads than the mask": (
         {"heads": [0, 1, 4], "head_mask": torch.ones(4, 6), "bias": torch.ones(1, 5, 9, 9)},
         r"= \[4, 6, 9, 9\]. Got shape \[1, 5, 9, 9\]",

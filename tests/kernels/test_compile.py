@@ -9,7 +9,9 @@ import pytest
 from .found import kernels
 
 BLOCK_SPARSE = kernels("block_sparse")
-TABLE = BLOCK_SPARSE.TABLE + kernels("attention").TABLE + kernels("groupwise").TABLE
+OTHERS = ("attention", "groupwise", "int8_gemm", "rowwise")
+TABLE = sum((kernels(name).TABLE for name in OTHERS), BLOCK_SPARSE.TABLE)
+FORMS = [(entry, capability) for entry in TABLE for capability in entry.opcodes]
 knobs = BLOCK_SPARSE.knobs
 SHARED_BYTES = kernels("table").SHARED_BYTES
 
@@ -39,8 +41,7 @@ def test_names_are_unique():
     assert len({entry.name for entry in TABLE}) == len(TABLE)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+@pytest.mark.parametrize(("entry", "capability"), FORMS, ids=lambda given: getattr(given, "name", given))
 def test_machine_code(entry, capability, tmp_path):
     kernel = entry.compile(capability)
     text = disassembly(kernel.asm["cubin"], tmp_path)

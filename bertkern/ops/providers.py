@@ -1,0 +1,60 @@
+"""Who computes an operator on a GPU: a Triton kernel, a CUDA kernel of the compiled library, or plain PyTorch.
+
+Triton's is the default. Where there is a CUDA twin, `bertkern.gpu_tuning` measures both on the user's card and tells
+the faster one here, by operator, device and width of a row: never by the number of rows, on which no bits may depend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+TRITON, CUDA, TORCH = "triton", "cuda", "torch"
+# The operator of the compiled library that computes the same, by ours.
+TWINS = {
+    "quantize_rows_cuda": "quantize_codes",
+    "add_layernorm_cuda": "add_layernorm_live",
+    "add_layernorm_quantize_cuda": "add_layernorm_codes",
+    "embed_cuda": "embed",
+}
+_chosen: dict[tuple[str, torch.device, int], str] = {}
+
+
+def available(op: str) -> tuple[str, ...]:
+    """The providers of an operator in this process."""
+    twin = TWINS.get(op)
+    there = twin is not None and hasattr(torch.ops.bertkern, twin)
+    there = there and torch._C._dispatch_has_kernel_for_dispatch_key(f"bertkern::{twin}", "CUDA")
+    return (TRITON, CUDA, TORCH) if there else (TRITON, TORCH)
+
+
+def provider(op: str, device: torch.device, width: int) -> str:
+    """Who computes `op` for rows of a width."""
+    return _chosen.get((op, device, width), TRITON)
+
+
+def prefer(op: str, device: torch.device, width: int, name: str | None) -> None:
+    """Has `name` compute it; None: the default again.
+
+    Raises:
+        ValueError: a provider that the operator lacks.
+    """
+    if name is None:
+        _chosen.pop((op, device, width), None)
+        return
+    if name not in available(op):
+        raise ValueError(f"prefer: expected a provider of {op}, {' or '.join(available(op))}. Got {name!r}.")
+    _chosen[op, device, width] = name
+
+
+@contextmanager
+def preferred(op: str, device: torch.device, width: int, name: str | None) -> Iterator[None]:
+    """Within it, `name` computes an operator."""
+    before = _chosen.get((op, device, width))
+    prefer(op, device, width, name)
+    try:
+        yield
+    finally:
+        prefer(op, device, width, before)

@@ -1,0 +1,465 @@
+"""Linear layers of 8-bit codes: int8 activations times int8 weights, or float8 e4m3 times float8 e4m3.
+
+    c[t, n] = sum_k a[t, k] W[n, k] - z[t] sum_k W[n, k]          int32, exact; float8: fp32, z = 0
+    y[t, n] = float(c) * (s[t] * S[n]) + b[n]                     each operation rounded, in this order
+    y       = clamp(round(y / g), -127, 127) * g                  where sums are rounded to a step g
+    y       = activation(y) + residual[t, n]                      stored in fp32, fp16 or bf16,
+    or as clamp(round(y / o) + z_o, low, high)                    codes of a static step o; NaN gives the lowest
+
+a [T, K] and W [N, P >= K] are row-major, and from K on W is zero. A tile is [features, tokens], W's rows times a's, as
+both lie in memory: tensor cores take 8-bit operands along K alone. So few tokens waste none of an instruction, whose
+rows are features.
+
+Floor: W is read once from memory, N K bytes, and from few tokens on that is all: at 4.3 TB/s 1024 x 4096 takes 1 us.
+From about 300 tokens on 2 T N K operations of the tensor cores are more; tiles of 128 x 128 take 64 operations from a
+byte that comes into shared memory.
+
+Numerics: int32 sums are exact, so neither tile nor splitting changes a bit of them. For few tokens K is cut into
+`splits` runs that are programs of their own, and a second pass adds these and finishes. float8 sums are rounded: there
+the layer's shape alone decides the runs, and a program that takes several adds them in order; Hopper's products, which
+keep few bits of a sum, are added up in fp32 after every 128 of K.
+
+Rows of the operands begin at multiples of 16 bytes. uint8 codes are turned into int8 ones by a pass of their own.
+
+Known of these kernels is what Triton's interpreter and the machine code say; no card has run them yet.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from .groupwise import _activate, _nearest
+from .table import Entry
+
+# The interpreter multiplies no float8: there, operands become fp32 first.
+INTERPRETED = bool(knobs.runtime.interpret)
+FP8 = torch.float8_e4m3fn
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum(
+    x, x_stride, rows, live, width, weight, pitch, columns, inside, begin, end,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[BN, BT] of products over columns begin .. end of x and of the weight. EVEN: steps of BK end where it ends."""
+    lane = tl.arange(0, BK)
+    # Rows that are not there are the first one's; what becomes of them is not stored.
+    row, column = tl.where(live, rows, 0).to(tl.int64), tl.where(inside, columns, 0).to(tl.int64)
+    x_place = x + row[None, :] * x_stride + lane[:, None]
+    w_place = weight + column[:, None] * pitch + lane[None, :]
+    INT8: tl.constexpr = x.dtype.element_ty == tl.int8
+    total = tl.zeros((BN, BT), tl.int32 if INT8 else tl.float32)
+    for k in range(begin, end, BK):
+        if EVEN:
+            a, w = tl.load(x_place + k), tl.load(w_place + k)
+        else:
+            there = k + lane < width
+            nothing = tl.zeros((1, 1), x.dtype.element_ty)
+            a = tl.load(x_place + k, mask=there[:, None], other=nothing)
+            w = tl.load(w_place + k, mask=there[None, :], other=nothing)
+        if UPCAST:
+            a, w = a.to(tl.float32), w.to(tl.float32)
+        if INT8:
+            total = tl.dot(w, a, total, out_dtype=tl.int32)
+        else:
+            total = tl.dot(w, a, total, input_precision="ieee", max_num_imprecise_acc=128)
+    return total
+
+
+@triton.jit
+def _clamp(x, low, high):
+    """Of numbers; NaN becomes the lowest."""
+    x = tl.where(x > low, x, low)
+    return tl.where(x < high, x, high)
+
+
+@triton.jit
+def _finish(
+    total, rows, live, columns, inside, tile, x_scale, x_zero, weight_scale, weight_sums, bias, residual, y, steps,
+    scale_step, zero_step, weight_step, residual_stride, y_stride, output_scale, out_scale, out_zero,
+    ACTIVATION: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """Stores y of the sums [BN, BT]; the first tile of these rows stores the steps of codes too."""
+    if x_zero is not None:
+        zero = tl.load(x_zero + rows * zero_step, mask=live, other=0)
+        total -= tl.load(weight_sums + columns, mask=inside, other=0)[:, None] * zero[None, :]
+    of_row = tl.load(x_scale + rows * scale_step, mask=live, other=0)
+    of_feature = tl.load(weight_scale + columns * weight_step, mask=inside, other=0)
+    result = total.to(tl.float32) * (of_row[None, :] * of_feature[:, None])
+    if bias is not None:
+        result += tl.load(bias + columns, mask=inside, other=0)[:, None]
+    if ROUND:
+        whole = result * tl.div_rn(1.0, output_scale)
+        # A NaN stays one.
+        whole = tl.where(whole < -127.0, -127.0, tl.where(whole > 127.0, 127.0, whole))
+        result = _nearest(whole) * output_scale
+    result = _activate(result, ACTIVATION)
+    stored = inside[:, None] & live[None, :]
+    row = rows.to(tl.int64)[None, :]
+    if residual is not None:
+        result += tl.load(residual + row * residual_stride + columns[:, None], mask=stored, other=0).to(tl.float32)
+    if steps is not None:
+        SIGNED: tl.constexpr = y.dtype.element_ty == tl.int8
+        # Without a zero point signed codes lie around it.
+        low = (tl.where(out_zero == 0, -127, -128) if SIGNED else 0) - out_zero
+        high = (127 if SIGNED else 255) - out_zero
+        whole = _clamp(result * tl.div_rn(1.0, out_scale), low - 1.0, high + 1.0)
+        whole = _clamp(_nearest(whole), low.to(tl.float32), high.to(tl.float32))
+        tl.store(
+            y + row * y_stride + columns[:, None], (whole.to(tl.int32) + out_zero).to(y.dtype.element_ty), mask=stored
+        )
+        # A code cannot say NaN: the row's step does.
+        if tile == 0:
+            fine = tl.abs(of_row) < float("inf")
+            tl.store(steps + rows, tl.where(fine, out_scale, float("nan")), mask=live)
+    else:
+        tl.store(y + row * y_stride + columns[:, None], result.to(y.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["T", "splits", "out_zero"])
+def multiply(
+    x, x_scale, x_zero, weight, weight_scale, weight_sums, bias, residual, count, y, steps,
+    T, N, width, run, splits, scale_step, zero_step, weight_step, x_stride, pitch, residual_stride, y_stride,
+    output_scale, out_scale, out_zero,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, ORDERED: tl.constexpr,
+    PARTIAL: tl.constexpr, ACTIVATION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """y[T, N] of x [T, width] and weight [N, width]; a program is a tile of BN features x BT tokens.
+
+    PARTIAL: y is [splits, T, N], int32 or fp32, and a program sums one run of K and nothing else. Else all, run by run
+    where ORDERED. Tiles past `count` rows end at once.
+    """
+    tiles, above = tl.cdiv(N, BN), tl.cdiv(T, BT)
+    tile, split = tl.program_id(0) % tiles, tl.program_id(0) // (tiles * above)
+    top = tl.program_id(0) // tiles % above * BT
+    last = T
+    if count is not None:
+        last = tl.minimum(T, tl.load(count))
+    if top >= last:
+        return
+    columns, rows = tile * BN + tl.arange(0, BN), top + tl.arange(0, BT)
+    inside, live = columns < N, rows < last
+    if PARTIAL or not ORDERED:
+        begin = split * run if PARTIAL else 0
+        end = tl.minimum(begin + run, width) if PARTIAL else width
+        total = _sum(
+            x, x_stride, rows, live, width, weight, pitch, columns, inside, begin, end, BT, BN, BK, EVEN, UPCAST
+        )
+    else:
+        total = tl.zeros((BN, BT), tl.float32)
+        for number in range(splits):
+            total += _sum(
+                x, x_stride, rows, live, width, weight, pitch, columns, inside,
+                number * run, tl.minimum(number * run + run, width), BT, BN, BK, EVEN, UPCAST,
+            )  # fmt: skip
+    if PARTIAL:
+        out = y + split.to(tl.int64) * T * N + rows.to(tl.int64)[None, :] * N + columns[:, None]
+        tl.store(out, total, mask=inside[:, None] & live[None, :])
+    else:
+        _finish(
+            total, rows, live, columns, inside, tile, x_scale, x_zero, weight_scale, weight_sums, bias, residual,
+            y, steps, scale_step, zero_step, weight_step, residual_stride, y_stride, output_scale, out_scale, out_zero,
+            ACTIVATION, ROUND,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "splits", "out_zero"])
+def add_in_order(
+    partial, x_scale, x_zero, weight_scale, weight_sums, bias, residual, count, y, steps,
+    T, N, splits, scale_step, zero_step, weight_step, residual_stride, y_stride, output_scale, out_scale, out_zero,
+    BT: tl.constexpr, BN: tl.constexpr, ACTIVATION: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """y[T, N] of partial [splits, T, N], added one after the other."""
+    tiles = tl.cdiv(N, BN)
+    tile, top = tl.program_id(0) % tiles, tl.program_id(0) // tiles * BT
+    last = T
+    if count is not None:
+        last = tl.minimum(T, tl.load(count))
+    if top >= last:
+        return
+    columns, rows = tile * BN + tl.arange(0, BN), top + tl.arange(0, BT)
+    inside, live = columns < N, rows < last
+    place = partial + rows.to(tl.int64)[None, :] * N + columns[:, None]
+    total = tl.zeros((BN, BT), partial.dtype.element_ty)
+    for _ in range(splits):
+        total += tl.load(place, mask=inside[:, None] & live[None, :], other=0)
+        place += T.to(tl.int64) * N
+    _finish(
+        total, rows, live, columns, inside, tile, x_scale, x_zero, weight_scale, weight_sums, bias, residual,
+        y, steps, scale_step, zero_step, weight_step, residual_stride, y_stride, output_scale, out_scale, out_zero,
+        ACTIVATION, ROUND,
+    )  # fmt: skip
+
+
+# --- which tile ----------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """tokens x features of the result a program computes, the step of K, warps and pipeline stages."""
+
+    rows: int
+    features: int
+    step: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # Products and sums are rounded apart, as on a processor.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+
+
+PROGRAMS = 128  # that fill a large GPU
+ADD_ROWS, ADD_FEATURES = 8, 64
+ADD = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
+LEAST_RUN = 256  # of K, which a program of its own is worth
+
+
+def tile_of(tokens: int, n: int) -> Tile:
+    """The tile of `multiply`. Which it is changes no sum.
+
+    Few tokens wait for the weight: steps are long, so that some 60 KB of it are on their way to a multiprocessor at a
+    time. Larger tiles come where they fill the GPU and rows of the result begin at multiples of 16 elements;
+    elsewhere the addresses of narrow stores fill the registers.
+    """
+    if tokens <= 16:
+        return Tile(16, 64, 256, 4, 4)
+    if tokens <= 32:
+        return Tile(32, 64, 256, 4, 3)
+
+    def programs(rows: int, features: int) -> int:
+        return triton.cdiv(tokens, rows) * triton.cdiv(n, features)
+
+    if n % 16 == 0 and programs(128, 128) >= PROGRAMS:
+        return Tile(128, 128, 128, 8, 3)
+    if n % 16 == 0 and programs(64, 128) >= PROGRAMS:
+        return Tile(64, 128, 128, 4, 4)
+    return Tile(64, 64, 128, 4, 4)
+
+
+def runs_of(tokens: int, n: int, k: int, tile: Tile, exact: bool) -> tuple[int, int, bool]:
+    """(columns in a run, runs, whether they are programs of their own).
+
+    Exact sums are cut where programs are too few; others by the layer's shape alone.
+    """
+    programs = triton.cdiv(tokens, tile.rows) * triton.cdiv(n, tile.features)
+    among = programs if exact else triton.cdiv(n, 64)
+    splits = max(1, min(8 if exact else 4, PROGRAMS // max(1, among), k // LEAST_RUN))
+    run = triton.cdiv(triton.cdiv(k, splits), LEAST_RUN) * LEAST_RUN
+    splits = triton.cdiv(k, run) if run else 1
+    return run, splits, splits > 1 and (exact or programs < PROGRAMS)
+
+
+# --- launchers -----------------------------------------------------------------------------------------------------
+
+
+def _on(x: Tensor) -> Any:
+    """Launches go to the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def int8_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    count: Tensor | None,
+    activation: int,
+    output_scale: float,
+    out_dtype: torch.dtype,
+    out_scale: float = 0.0,
+    out_zero_point: int = 0,
+    *,
+    splits: int | None = None,
+    apart: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y [T, N] as the head of this file says, and the rows' steps, fp32 [T], beside an out_dtype of codes.
+
+    Arguments are those of `bertkern.ops.int8_triton`, checked and laid out there: codes [T, K] and weight [N, K or
+    more], K a multiple of 16, have rows that begin at multiples of 16 bytes; at least one of T and N.
+
+    Args:
+        splits: at most so many runs of K; None: see `runs_of`.
+        apart: whether runs are programs of their own; None: see `runs_of`.
+    """
+    x, n = codes, weight.shape[0]
+    tokens, width = x.shape
+    y = x.new_empty(tokens, n, dtype=out_dtype)
+    steps = x.new_empty(tokens, dtype=torch.float32) if out_scale else None
+    if x.dtype == torch.uint8:
+        # u - z = (u - 128) - (z - 128)
+        x = (x ^ 128).view(torch.int8)
+        zero_point = scale.new_full((1,), -128, dtype=torch.int32) if zero_point is None else zero_point - 128
+    exact = x.dtype == torch.int8
+    tile = tile_of(tokens, n)
+    run, cut, alone = runs_of(tokens, n, width, tile, exact)
+    if splits is not None:
+        run = max(LEAST_RUN, triton.cdiv(triton.cdiv(width, splits), LEAST_RUN) * LEAST_RUN)
+        cut = max(1, triton.cdiv(width, run))
+    apart = (alone if apart is None else apart) and cut > 1
+    residual = None if residual is None else residual.contiguous()
+
+    def step(tensor: Tensor | None) -> int:
+        return 0 if tensor is None or tensor.numel() == 1 else 1
+
+    finish = {
+        "x_scale": scale.contiguous(), "x_zero": None if zero_point is None else zero_point.contiguous(),
+        "weight_scale": weight_scale.contiguous(), "weight_sums": None if zero_point is None else weight_sums,
+        "bias": bias, "residual": residual, "count": count, "T": tokens, "N": n, "scale_step": step(scale),
+        "zero_step": step(zero_point), "weight_step": step(weight_scale),
+        "residual_stride": 0 if residual is None else residual.stride(0), "output_scale": float(output_scale),
+        "out_scale": float(out_scale), "out_zero": out_zero_point, "ACTIVATION": activation, "ROUND": output_scale > 0,
+    }  # fmt: skip
+    tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(n, tile.features)
+    partial = x.new_empty(cut, tokens, n, dtype=torch.int32 if exact else torch.float32) if apart else None
+    with _on(x):
+        multiply[(tiles * (cut if apart else 1),)](
+            x=x, weight=weight, y=partial if apart else y, steps=None if apart else steps, width=width, run=run,
+            splits=cut, x_stride=x.stride(0), pitch=weight.stride(0), y_stride=n, BT=tile.rows, BN=tile.features,
+            BK=tile.step, EVEN=width % tile.step == 0, ORDERED=cut > 1 and not exact and not apart, PARTIAL=apart,
+            UPCAST=_upcast(x.dtype), **finish, **tile.options,
+        )  # fmt: skip
+        if apart:
+            add_in_order[(triton.cdiv(tokens, ADD_ROWS) * triton.cdiv(n, ADD_FEATURES),)](
+                partial=partial, y=y, steps=steps, splits=cut, y_stride=n, BT=ADD_ROWS, BN=ADD_FEATURES, **finish, **ADD
+            )
+    return y, steps
+
+
+def _upcast(dtype: torch.dtype) -> bool:
+    return INTERPRETED and dtype == FP8
+
+
+# --- what is compiled ---------------------------------------------------------------------------------------------
+
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8",
+    torch.int32: "i32", FP8: "fp8e4nv",
+}  # fmt: skip
+_SIZES = ("T", "N", "scale_step", "zero_step", "weight_step", "residual_stride", "y_stride", "splits", "out_zero")
+_MULTIPLY_SIZES = (*_SIZES, "width", "run", "x_stride", "pitch")
+_STEPS = ("output_scale", "out_scale")
+_POINTERS = {
+    "x_scale": "*fp32", "x_zero": "*i32", "weight_scale": "*fp32", "weight_sums": "*i32", "bias": "*fp32",
+    "residual": "*fp16", "count": "*i32", "steps": "*fp32",
+}  # fmt: skip
+
+
+def _opcodes(dtype: torch.dtype, tile: Tile) -> dict[int, frozenset[str]]:
+    """What each generation multiplies with; sm_90's names begin with 64 x tokens."""
+    # Triton knows sm_100's own instruction for int8 from 3.8 on.
+    newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+    if dtype == torch.int8:
+        mma = "IMMA.16832.S8.S8"
+        names = {80: mma, 90: f"IGMMA.64x{tile.rows}x32.S8.S8", 100: "UTCIMMA" if newer else mma}
+    else:
+        # Older ones have no float8.
+        names = {90: f"QGMMA.64x{tile.rows}x32.F32.E4M3.E4M3", 100: "UTCQMMA"}
+    return {capability: frozenset({name}) for capability, name in names.items()}
+
+
+def _multiply_entry(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    out: torch.dtype = torch.float16,
+    *,
+    lacking: tuple[str, ...] = (),
+    partial: bool = False,
+    ordered: bool = False,
+    activation: int = 0,
+    rounds: bool = False,
+) -> Entry:
+    """`lacking`: the tensors that are None. `shape`: the interpreter's problem, whose T and N decide the tile."""
+    (tokens, n, k), coded = shape, out in (torch.int8, torch.uint8)
+    tile = tile_of(tokens, n)
+    if partial:
+        out = torch.int32 if dtype == torch.int8 else torch.float32
+    lacking = {*lacking, *(() if coded and not partial else ("steps",)), *(("x_zero",) if dtype == FP8 else ())}
+    lacking |= {"weight_sums"} if "x_zero" in lacking else set()
+    pointers = {name: kind for name, kind in _POINTERS.items() if name not in lacking}
+    pointers |= {"x": f"*{TYPES[dtype]}", "weight": f"*{TYPES[dtype]}", "y": f"*{TYPES[out]}"}
+    sizes = ("width", "run", "x_stride", "pitch", *(() if n % 16 else ("N", "residual_stride", "y_stride")))
+    even = (k + -k % 16) % tile.step == 0
+    return Entry(
+        name=f"multiply-{TYPES[dtype]}-{TYPES[out]}-{tile.rows}x{tile.features}"
+        + "".join(f"-{word}" for word, said in
+                  (("even", even), ("ordered", ordered), ("partial", partial), ("odd", n % 16)) if said),
+        function=multiply,
+        signature={**pointers, **dict.fromkeys(_MULTIPLY_SIZES, "i32"), **dict.fromkeys(_STEPS, "fp32")},
+        constexprs={
+            **dict.fromkeys(lacking),
+            "BT": tile.rows, "BN": tile.features, "BK": tile.step, "EVEN": even, "ORDERED": ordered, "PARTIAL": partial,
+            "ACTIVATION": activation, "ROUND": rounds, "UPCAST": _upcast(dtype),
+        },
+        options=tile.options,
+        aligned=(*(name for name in pointers if name != "count"), *sizes),
+        opcodes=_opcodes(dtype, tile),
+        shapes=(shape,),
+        fetches_ahead=n % 16 == 0,  # else the residual comes element by element
+    )  # fmt: skip
+
+
+def _add_entry(kind: str, out: torch.dtype) -> Entry:
+    pointers = {**_POINTERS, "y": f"*{TYPES[out]}", "partial": f"*{kind}"}
+    lacking = (*(() if kind == "i32" else ("x_zero", "weight_sums")), *(() if out == torch.int8 else ("steps",)))
+    for name in lacking:
+        del pointers[name]
+    return Entry(
+        name=f"add_in_order-{kind}-{TYPES[out]}",
+        function=add_in_order,
+        signature={**pointers, **dict.fromkeys(_SIZES, "i32"), **dict.fromkeys(_STEPS, "fp32")},
+        constexprs={
+            **dict.fromkeys(lacking),
+            "BT": ADD_ROWS,
+            "BN": ADD_FEATURES,
+            "ACTIVATION": 1,
+            "ROUND": kind == "i32",
+        },
+        options=ADD,
+        aligned=(*(name for name in pointers if name != "count"), "N", "residual_stride", "y_stride"),
+        opcodes=dict.fromkeys((80, 90, 100), frozenset()),
+        shapes=(),
+        fetches_ahead=False,
+    )
+
+
+def _table() -> tuple[Entry, ...]:
+    half, bfloat, single = torch.float16, torch.bfloat16, torch.float32
+    codes, plain = torch.int8, ("x_zero", "residual", "count")
+    return (
+        _multiply_entry(codes, (9, 80, 784), lacking=plain, partial=True),
+        _multiply_entry(codes, (16, 80, 256), activation=1),
+        _multiply_entry(codes, (17, 144, 272), bfloat, lacking=("x_zero", "count"), activation=2),
+        _multiply_entry(codes, (67, 80, 144), single, lacking=plain, rounds=True, activation=3),
+        _multiply_entry(codes, (33, 80, 128), codes, lacking=("residual",), activation=1),
+        _multiply_entry(codes, (65, 16 * 1024, 16), torch.uint8, lacking=(*plain, "bias")),
+        _multiply_entry(codes, (130, 16 * 1024, 128), lacking=plain),
+        _multiply_entry(codes, (129, 16 * 1024, 48), lacking=("count",), activation=1),
+        _multiply_entry(codes, (31, 37, 101), single, activation=4),
+        _multiply_entry(codes, (129, 16 * 1024 - 5, 5), half),
+        _multiply_entry(FP8, (5, 80, 784), lacking=plain, partial=True),
+        _multiply_entry(FP8, (130, 16 * 1024, 128), bfloat, lacking=plain, activation=1),
+        _multiply_entry(FP8, (65, 80, 528), ordered=True),
+        _multiply_entry(FP8, (31, 37, 101), single, lacking=plain, activation=5),
+        _add_entry("i32", codes),
+        _add_entry("i32", half),
+        _add_entry("fp32", bfloat),
+    )
+
+
+# Each kernel's forms as the launchers choose them: every tile, float8, runs and parts, epilogues.
+TABLE = _table()
