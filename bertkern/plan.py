@@ -170,7 +170,7 @@ def _obstacle(module: nn.Linear, above: list[nn.Module]) -> str:
     weight = module.weight
     if weight.dtype not in FLOATS:
         return f"no kernel for {str(weight.dtype).removeprefix('torch.')}"
-    if weight.device.type not in ("cpu", "meta"):
+    if weight.device.type not in ("cpu", "meta", "cuda"):
         return f"no kernel for {weight.device.type}"
     if weight.numel() == 0:
         return "its weight is empty"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import gpu
 from .nn import PackedLinear, SparseLinear
 from .record import record_of
 from .schemes import scheme_of
@@ -76,7 +77,7 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         kind, why = type(module).__name__, left.get(name, "") or kept.get(name, "")
         if hasattr(module, "fell_back"):
-            rows.append(Row(name, kind, (), module.RUNS))
+            rows.append(Row(name, kind, (), module.runs_as()))
             fallbacks.update({f"{name}: {reason}": n for reason, n in getattr(module, "fallbacks", {}).items()})
         elif scheme := scheme_of(module):
             linear = isinstance(module, scheme.linear)
@@ -88,7 +89,8 @@ def report(model: nn.Module) -> Report:
             runs = f"{float_name(module)}, {module.form}"
             rows.append(Row(name, kind, (module.out_features, module.in_features), runs, str(forms.get(name, ""))))
         elif isinstance(module, nn.Linear):
-            packed = isinstance(module, PackedLinear)
+            # On a GPU a dense float product is torch's own.
+            packed = isinstance(module, PackedLinear) and not gpu.runs_on(module.weight.device)
             runs = float_name(module) if packed else "torch"
             reason = why or (str(forms.get(name, "")) if packed else "")
             rows.append(Row(name, kind, tuple(module.weight.shape), runs, reason))
@@ -116,7 +118,10 @@ def general(name: str) -> str:
 def float_name(linear: nn.Linear) -> str:
     """In which type bertkern's kernels compute a linear layer that stays float."""
     weight = linear.values if isinstance(linear, SparseLinear) else linear.weight
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(weight.dtype, "fp32")
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    if gpu.runs_on(weight.device):
+        names[torch.float16] = "fp16"
+    return names.get(weight.dtype, "fp32")
 
 
 def _grouped(rows: Iterable[Row]) -> list[list[str]]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import mapped, tuning
+from . import gpu, gpu_tuning, mapped, tuning
 from . import plan as layers
-from .nn import Int8Linear, SparseLinear
+from .nn import GroupwiseLinear, Int8Linear, SparseLinear
+from .nn.linear import FLOATS
 from .nn.packing import PackedCache
 from .nn.sparse import DENSE
 from .ops import pack_linear, pack_qlinear
@@ -101,6 +102,10 @@ def run_by_kernels(
             record.left[choice.name] = choice.reason
     for name, module in quantized.items():
         # Now, because torch.compile must find the packed weights when it traces.
+        if isinstance(module, PackedCache) and gpu.runs_on(module.weight_scale.device):
+            if isinstance(module, (Int8Linear, GroupwiseLinear)) and module.packable():
+                module.operand()
+            continue
         if not isinstance(module, PackedCache) or module.weight_scale.device.type != "cpu" or not module.packable():
             continue
         codes = module.weight_codes
@@ -110,6 +115,7 @@ def run_by_kernels(
         module.packed()
         mapped.release(codes)  # the kernels read the packed copy
     if times is not None:
+        _choose_providers(model, times)
         times.save()
     fuse(model, record, keep_padding, exact_attention)
     setattr(model, RECORD, record)
@@ -166,15 +172,20 @@ def _form(
     rows: Mapping[str, int],
 ) -> tuning.Choice:
     """In which form the layer `name` is to run."""
-    at = (rows[name],) if rows.get(name) else tuning.ROWS
     given = None if known is None else known.layers.get(name)
     if given is None and isinstance(module, (Int8Linear, SparseLinear)) and module.form != DENSE:
         return tuning.Choice(module.form)
     weight = module.weight_codes if isinstance(module, Int8Linear) else module.weight
-    if weight.device.type != "cpu" or weight.data_ptr() in shared:
+    on_gpu = gpu.runs_on(weight.device)
+    if not (weight.device.type == "cpu" or on_gpu) or weight.data_ptr() in shared:
         return tuning.Choice(DENSE)
+    at = (rows[name],) if rows.get(name) else gpu_tuning.ROWS if on_gpu else tuning.ROWS
     if given is not None and tuning.fits(given.form, weight):
         return given
+    if on_gpu:
+        # There is no operator for sparse codes.
+        choosable = not isinstance(module, Int8Linear)
+        return gpu_tuning.choose(weight.detach(), times, at) if choosable else tuning.Choice(DENSE)
     if isinstance(module, Int8Linear):
         codes, scale, bias = weight.detach(), module.weight_scale, module.bias
         return tuning.choose(codes, lambda: pack_qlinear(codes, scale, bias), scale, times, at)
@@ -184,13 +195,22 @@ def _form(
     return tuning.choose(dense, lambda: pack_linear(dense.contiguous(), None), None, times, at)
 
 
+def _choose_providers(model: nn.Module, times: tuning.Times) -> None:
+    """Has the row operators of models on a GPU computed by whoever is fastest."""
+    norms = [module for module in model.modules() if type(module) is nn.LayerNorm and module.weight is not None]
+    known = {(norm.weight.numel(), norm.weight.dtype, norm.weight.device) for norm in norms}
+    for width, dtype, device in sorted(known, key=str):
+        if device.type == "cuda" and dtype in FLOATS:
+            gpu_tuning.choose_providers(width, dtype, device, times)
+
+
 def _shared_weights(model: nn.Module) -> set[int]:
     """The addresses of weights that more than one module holds: such as a table's that is an LM head's, too."""
     holders = Counter(
         tensor.data_ptr()
         for module in model.modules()
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if name in ("weight", "weight_codes") and tensor is not None and tensor.device.type == "cpu"
+        if name in ("weight", "weight_codes") and tensor is not None and tensor.device.type != "meta"
     )
     return {address for address, count in holders.items() if count > 1}
 

@@ -74,7 +74,7 @@ class Plan:
 
     Attributes:
         layers: name -> Choice.
-        machine: processor, instruction set, threads and versions of bertkern and torch.
+        machine: processor, instruction set, threads, GPUs where there are some, and versions of bertkern and torch.
 
     Example:
         >>> Plan.from_dict(Plan({"dense": Choice(DENSE)}).to_dict()).layers["dense"].form.layout
@@ -128,7 +128,9 @@ class Plan:
 
 def machine() -> dict[str, Any]:
     """What times depend on beside the weight."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
+        **({"gpu": " and ".join(sorted(set(gpus)))} if gpus else {}),
         "processor": _processor(),
         "isa": ops.cpu_isa(),
         "threads": torch.get_num_threads(),
@@ -195,7 +197,7 @@ def choose(
         return Choice(DENSE)
     if times is None:
         shares = {str(form): cost for form, (_, cost) in forms.items()}
-        return _fastest(list(forms), shares, measured=False)
+        return fastest(list(forms), shares, measured=False)
     kind = str(weight.dtype).removeprefix("torch.")
     n, k = weight.shape
     shares: dict[str, float] = {}
@@ -210,7 +212,7 @@ def choose(
             share = _share(pack_blocks(blocks, form, scale, None), dense, n, k, rows)
             times.put(key, share)
         shares[str(form)] = share
-    return _fastest(list(forms), shares, measured=True)
+    return fastest(list(forms), shares, measured=True)
 
 
 def fits(form: Form, weight: Tensor) -> bool:
@@ -314,7 +316,8 @@ def _is_share(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
-def _fastest(forms: Sequence[Form], shares: Mapping[str, float], measured: bool) -> Choice:
+def fastest(forms: Sequence[Form], shares: Mapping[str, float], measured: bool) -> Choice:
+    """The form with the least share of the dense one's time, or the dense one."""
     best = min(forms, key=lambda form: shares[str(form)])
     return Choice(best if shares[str(best)] < MARGIN else DENSE, shares, measured)
 

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _gradients
+from .. import _gradients, gpu
+from ..gpu.graphs import GraphPool
 from ..head_masks import active_factors, is_mask
 from ..nn.encoder import LayerParts, Stack, Unfit, key_mask, usable
+from ..nn.gpu_encoder import GpuStack, asked_mask, constant, embed, unusable
 from ..nn.groupwise import GroupwiseEmbedding
 from ..nn.head_masks import HeadFactors, joined, multiplied
 from ..nn.int8 import Int8Embedding
@@ -51,9 +53,15 @@ class Fused:
     # What the report says of such modules.
     RUNS = "one operator"
 
+    def runs_as(self) -> str:
+        """What computes it now."""
+        return self.RUNS
+
     keep_padding: bool = False
     empty_attends: bool = False
     exact_attention: bool = False
+    # Of `bertkern.cuda_graphs`.
+    _graphs: GraphPool | None = None
 
     @classmethod
     def unfused(cls) -> type[nn.Module]:
@@ -69,7 +77,7 @@ class Fused:
 
     def unfuse(self) -> None:
         """Drops what `fuse` made."""
-        for name in ("_stack", "fallbacks", "keep_padding", "empty_attends", "exact_attention"):
+        for name in ("_stack", "_graphs", "fallbacks", "keep_padding", "empty_attends", "exact_attention"):
             self.__dict__.pop(name, None)
 
     def fell_back(self, reason: str) -> None:
@@ -100,9 +108,13 @@ def unfollow_loading(module: nn.Module) -> None:
 class _FusedLayers(Fused):
     """What encoder and layer share: the operator over some layers."""
 
-    # The operator's arguments for some layers.
+    # The operator's arguments for some layers, and those on a GPU; None: there it runs module by module.
     STACK: type[Stack] = Stack
+    GPU_STACK: type[GpuStack] | None = GpuStack
     _stack: Stack | None = None
+
+    def runs_as(self) -> str:
+        return self._stack.runs_as() if isinstance(self._stack, GpuStack) else super().runs_as()
 
     def layers(self) -> list[nn.Module]:
         """The layers that run here."""
@@ -166,9 +178,13 @@ class _FusedLayers(Fused):
                 raise Unfit(f"{name} was given")
         if _capture.wants("attentions"):
             raise Unfit("output_attentions was given")
-        if reason := usable(x):
+        on_gpu = gpu.runs_on(x.device)
+        if reason := unusable(x) if on_gpu else usable(x):
             raise Unfit(reason)
-        keys, empty_attends = key_mask(mask, x.shape[0], x.shape[1], self.empty_attends)
+        if on_gpu:
+            keys, bias, empty_attends = asked_mask(mask, bias, x, self.empty_attends)
+        else:
+            keys, empty_attends = key_mask(mask, x.shape[0], x.shape[1], self.empty_attends)
         wish = wish_of(self)
         collects = wish is None and self.captures() and _capture.wants("hidden_states")
         every = wish is None and (states or collects)
@@ -182,16 +198,44 @@ class _FusedLayers(Fused):
                 raise Unfit("hooks on inner modules")
         elif stack is None:
             raise Unfit("changed since the last call")
+        if stack.device != x.device:
+            raise Unfit("another device")
         heads = _head_factors(stack, options.get("head_mask"), masked, x.shape[0])
 
         flags = (self.keep_padding, every, empty_attends, self.exact_attention, heads, wish is not None)
-        y = stack.run(x, keys, bias, *flags)
+        y = None
+        if self._graphs is not None and isinstance(stack, GpuStack) and not every and wish is None and heads is None:
+            y = self._replayed(stack, {"x": x, "mask": keys, "position_bias": bias}, empty_attends)
+        if y is None:
+            y = stack.run(x, keys, bias, *flags)
         if wish is not None:
             wish.hidden = y
             return y.new_zeros(()).expand(x.shape)
         if collects:
             _capture.collect(self.layers(), x, y.unbind(0))
         return y[-1] if every and not states else y
+
+    def _replayed(self, stack: GpuStack, given: dict[str, Tensor | None], empty_attends: bool) -> Tensor | None:
+        """The result by a CUDA graph, or None."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+        shapes = {name: (tuple(tensor.shape), 0) for name, tensor in inputs.items()}
+        flags = (self.keep_padding, empty_attends, self.exact_attention)
+        key = (tuple((name, shape, inputs[name].dtype) for name, (shape, _) in shapes.items()), flags)
+
+        def run(**inputs: Tensor) -> tuple[Tensor]:
+            own = {"mask": None, **inputs}
+            return (
+                stack.run(
+                    **own,
+                    keep_padding=self.keep_padding,
+                    empty_attends=empty_attends,
+                    exact_attention=self.exact_attention,
+                ),
+            )
+
+        return self._graphs.run(stack, key, run, inputs, shapes, lambda outputs: outputs[0].clone())
 
     def captures(self) -> bool:
         """Whether hidden states inside this module are collected by hooks that the operator passes over."""
@@ -202,11 +246,20 @@ class _FusedLayers(Fused):
         if not all(isinstance(layer, FusedLayer) for layer in layers):
             raise Unfit("its layers stay as they were")
         try:
-            stack = self.STACK(layers, [layer.parts() for layer in layers], self.watched())
+            parts = [layer.parts() for layer in layers]
+            stack = self._stack_class(parts)(layers, parts, self.watched())
         except AttributeError as error:
             raise Unfit(f"its parts have moved: {error}") from error
-        _gradients.own(stack.norms, self)
+        if not isinstance(stack, GpuStack):
+            _gradients.own(stack.norms, self)
         return stack
+
+    def _stack_class(self, parts: list[LayerParts]) -> type[Stack]:
+        if not parts or not gpu.runs_on(getattr(*parts[0].output_norm).weight.device):
+            return self.STACK
+        if self.GPU_STACK is None:
+            raise Unfit("another device")
+        return self.GPU_STACK
 
     def _current(self) -> Stack:
         stack = self._stack
@@ -251,7 +304,7 @@ def _head_factors(stack: Stack, keyword: HeadFactors | None, masked: bool, batch
     factors = [None if keyword is None else keyword.get(attention) for attention in stack.attentions]
     if masked:
         factors = list(map(multiplied, factors, active_factors(stack.outs)))
-    return joined(factors, stack.heads, batch)
+    return joined(factors, stack.heads, batch, stack.device)
 
 
 class FusedLayer(_FusedLayers):
@@ -326,7 +379,8 @@ class FusedEmbeddings(Fused):
                 scales.append(_ONE)
             elif type(table) is nn.Embedding and table.max_norm is None:
                 weight = table._parameters["weight"]
-                if weight.dtype not in (torch.float32, torch.bfloat16):
+                half = weight.dtype == torch.float16 and gpu.runs_on(weight.device)
+                if weight.dtype not in (torch.float32, torch.bfloat16) and not half:
                     raise Unfit("another dtype")
                 if table.sparse or table.scale_grad_by_freq:
                     raise Unfit("a table with sparse or scaled gradients")
@@ -363,7 +417,7 @@ class FusedEmbeddings(Fused):
             raise Unfit("training mode")
         if ids is None:
             raise Unfit("inputs_embeds was given")
-        if not ids.is_cpu or ids.dim() != 2:
+        if not (ids.is_cpu or gpu.runs_on(ids.device)) or ids.dim() != 2:
             raise Unfit("another device or shape")
         if not torch.compiler.is_compiling():
             for module in self._modules.values():
@@ -373,9 +427,16 @@ class FusedEmbeddings(Fused):
     def _embed(self, ids: Tensor | None, *others: Tensor) -> Tensor:
         self.check(ids)
         tables, scales, padding, norm = self._arguments()
-        rows = self.rows(ids, *others)
         weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+        if weight.device != ids.device:
+            raise Unfit("another device or shape")
         dtype = weight.dtype
+        if gpu.runs_on(ids.device):
+            nothing, one = (constant(value, dtype, ids.device) for value, dtype in ((0, ZERO.dtype), (1, _ONE.dtype)))
+            rows = self.rows(ids, *(nothing if part is ZERO else part for part in others))
+            scales = [one if scale is _ONE else scale for scale in scales]
+            return embed(rows, tables, scales, norm)
+        rows = self.rows(ids, *others)
         fp32 = (weight, bias) if dtype == torch.float32 else (weight.float(), bias.float())
         try:
             if needs_grad(*tables, weight, bias):

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .. import gpu
+from ..gpu.graphs import bucket
 from ..nn.activations import activation_code
 from ..nn.encoder import LEAVES, Unfit, usable
 from ..nn.linear import PackedLinear
-from ..nn.packing import lean, needs_grad, plain
+from ..nn.packed_output import wish_of
+from ..nn.packing import lean, needs_grad, plain, version
 from . import _capture
 from ._attention import NAMES
 from ._fused import Fused, FusedEncoder
@@ -58,9 +61,9 @@ class FusedModel(Fused):
         Args:
             others: arguments that must not be given, options: further keywords.
         """
-        if ids is None or ids.dim() != 2 or not ids.is_cpu or _capture.active():
+        if ids is None or ids.dim() != 2 or _capture.active() or not (ids.is_cpu or gpu.runs_on(ids.device)):
             return False
-        if mask is not None and (mask.shape != ids.shape or not mask.is_cpu):
+        if mask is not None and (mask.shape != ids.shape or mask.device != ids.device):
             return False
         if any(value is not None and value is not False for value in others):
             return False
@@ -75,6 +78,84 @@ class FusedModel(Fused):
             and not (getattr(config, "is_decoder", False) or getattr(config, "is_causal", None))
         )
 
+    def parts_of(self, encoder: nn.Module, ids: Tensor, mask: Tensor | None, others: dict[str, Tensor | None]) -> Any:
+        """The hidden states after the encoder and the pooled ones, None where there is no pooler; or None where the
+        encoder does not run fused.
+
+        Args:
+            others: what the embeddings take beside ids, by name.
+        """
+        made = self._replayed(encoder, ids, mask, others) if self._graphs is not None else None
+        return self._parts(encoder, ids, mask, others) if made is None else made
+
+    def _parts(self, encoder: nn.Module, ids: Tensor, mask: Tensor | None, others: dict[str, Tensor | None]) -> Any:
+        parts = self._modules
+        x = parts["embeddings"](input_ids=ids, **others)
+        if "embeddings_project" in parts:
+            x = parts["embeddings_project"](x)
+        y = self.encoded(encoder, x, mask)
+        if y is None:
+            return None
+        pooler = parts.get("pooler")
+        return y, None if pooler is None else pooler(y)
+
+    def _replayed(self, encoder: nn.Module, ids: Tensor, mask: Tensor | None, others: dict[str, Tensor | None]) -> Any:
+        """What `_parts` gives, by a CUDA graph, or None."""
+        if not gpu.runs_on(ids.device) or torch.is_grad_enabled() or not ids.numel():
+            return None
+        stamp = self._stamp(encoder)
+        if stamp is None:
+            return None
+        length, most = ids.shape[1], getattr(self.config, "max_position_embeddings", 0)
+        # A sequence without a token attends to all its positions: there, their number counts.
+        wide = length if encoder.empty_attends else bucket(length, most)
+        given = {"ids": ids, "mask": mask, **others}
+        if mask is None and wide != length:
+            given["mask"] = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+        elif mask is not None and mask.dtype != torch.bool:
+            given["mask"] = mask.bool()
+        inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+        if any(tensor.dim() != 2 or tensor.device != ids.device for tensor in inputs.values()):
+            return None
+        fills = {"ids": self.config.pad_token_id or 0}
+        shapes = {name: ((*tensor.shape[:1], wide), fills.get(name, 0)) for name, tensor in inputs.items()}
+        if any(tensor.shape[1] != length for tensor in inputs.values()):
+            return None
+        flags = (encoder.keep_padding, encoder.empty_attends, encoder.exact_attention)
+        key = (tuple((name, shape, inputs[name].dtype) for name, (shape, _) in shapes.items()), flags)
+
+        def run(ids: Tensor, mask: Tensor | None = None, **others: Tensor) -> Any:
+            return self._parts(encoder, ids, mask, others)
+
+        def take(outputs: Any) -> Any:
+            y, pooled = outputs
+            y = y[:, :length]
+            return y.clone(memory_format=torch.contiguous_format), None if pooled is None else pooled.clone()
+
+        return self._graphs.run(stamp, key, run, inputs, shapes, take)
+
+    def _stamp(self, encoder: nn.Module) -> Any:
+        """What a graph of this model would be captured from, to be compared; None where none may be."""
+        if not isinstance(encoder, FusedEncoder) or encoder.training or wish_of(encoder) is not None:
+            return None
+        try:
+            stack = encoder._current()
+        except Unfit:
+            return None
+        others = [module for name, part in self._modules.items() if part is not encoder for module in part.modules()]
+        if any(module.training or hooked(module) for module in (*others, encoder)):
+            return None
+        # transformers' own hooks stay once they are there, and collect nothing in such a call.
+        if not all(map(_capture.is_capture, stack.hooked())):
+            return None
+        tensors = [
+            tensor
+            for module in others
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        return _Stamp(stack, [(tensor, version(tensor), tensor.data_ptr()) for tensor in tensors])
+
     def encoded(self, encoder: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """The hidden states after the encoder, or None where it does not run fused."""
         if not isinstance(encoder, FusedEncoder) or encoder.training or hooked(encoder):
@@ -85,6 +166,20 @@ class FusedModel(Fused):
             return encoder._run(x, mask, (), {}, None, False)
         except Unfit:
             return None  # which the way through the encoder counts
+
+
+class _Stamp:
+    """A stack, and tensors beside it with their state; equal where nothing was exchanged or changed."""
+
+    def __init__(self, stack: Any, tensors: list[tuple[Tensor, int, int]]) -> None:
+        self.stack = stack
+        # The tensors are held, so that no other comes to have its id.
+        self.tensors, self.state = tensors, [(id(tensor), *state) for tensor, *state in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stamp) and self.stack is other.stack and self.state == other.state
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class FusedPooler(Fused):

@@ -86,17 +86,12 @@ class BertLikeModel(FusedModel):
     ):
         if not self.takes(input_ids, attention_mask, (inputs_embeds, *others), options):
             return None
-        parts = self._modules
-        x = parts["embeddings"](input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
-        if "embeddings_project" in parts:
-            x = parts["embeddings_project"](x)
-        y = self.encoded(parts["encoder"], x, attention_mask)
-        return None if y is None else self.result(y)
+        ids = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+        made = self.parts_of(self._modules["encoder"], input_ids, attention_mask, ids)
+        return None if made is None else self.result(*made)
 
-    def result(self, y: Tensor):
-        """What the model returns, from its last hidden states."""
-        pooler = self._modules.get("pooler")
-        pooled = None if pooler is None else pooler(y)
+    def result(self, y: Tensor, pooled: Tensor | None):
+        """What the model returns, from its last hidden states and the pooled ones."""
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=y, pooler_output=pooled)
 
 

@@ -62,9 +62,9 @@ class DistilBertModel(FusedModel, modeling_distilbert.DistilBertModel):
     def direct(self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, *others, **options):
         if not self.takes(input_ids, attention_mask, (inputs_embeds, *others), options):
             return None
-        x = self._modules["embeddings"](input_ids, None, position_ids)
-        y = self.encoded(self._modules["transformer"], x, attention_mask)
-        return None if y is None else BaseModelOutput(last_hidden_state=y)
+        ids = {"position_ids": position_ids}
+        made = self.parts_of(self._modules["transformer"], input_ids, attention_mask, ids)
+        return None if made is None else BaseModelOutput(last_hidden_state=made[0])
 
 
 CLASSES = {

@@ -22,7 +22,7 @@ class ElectraEmbeddings(BertLikeEmbeddings, modeling_electra.ElectraEmbeddings):
 class ElectraModel(BertLikeModel, modeling_electra.ElectraModel):
     """Calls its parts one after another; there is no pooler."""
 
-    def result(self, y: Tensor) -> BaseModelOutputWithPastAndCrossAttentions:
+    def result(self, y: Tensor, pooled: Tensor | None) -> BaseModelOutputWithPastAndCrossAttentions:
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=y)
 
 

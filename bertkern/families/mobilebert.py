@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mobilebert import modeling_mobilebert
 
+from .. import gpu
 from ..formats.groupwise import read_rows
 from ..nn.encoder import LEAVES, Unfit
 from ..nn.int8 import Int8Linear
@@ -26,7 +27,7 @@ _NOTHING = torch.empty(0, device="cpu")
 class MobileBertLayer(FusedLayer, modeling_mobilebert.MobileBertLayer):
     """Runs as one operator."""
 
-    STACK = MobileStack
+    STACK, GPU_STACK = MobileStack, None
 
     def parts(self) -> MobileParts:
         attention, block = self.attention.self, self.attention.output
@@ -71,7 +72,7 @@ class MobileBertLayer(FusedLayer, modeling_mobilebert.MobileBertLayer):
 class MobileBertEncoder(FusedEncoder, modeling_mobilebert.MobileBertEncoder):
     """Runs as one operator."""
 
-    STACK = MobileStack
+    STACK, GPU_STACK = MobileStack, None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
         kwargs = for_layers(self, kwargs) if "head_mask" in kwargs else kwargs
@@ -107,6 +108,8 @@ class MobileBertEmbeddings(FusedEmbeddings, modeling_mobilebert.MobileBertEmbedd
 
     def _embed(self, ids: Tensor | None, *others: Tensor) -> Tensor:
         self.check(ids)
+        if gpu.runs_on(ids.device):
+            raise Unfit("another device or shape")
         tables, scales, padding = self.tables()
         norm, eps = self.norm()
         linear = self.transformation()

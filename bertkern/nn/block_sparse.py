@@ -23,8 +23,9 @@ class BlockSparseLinear(PackedCache, nn.Module):
 
     A block that is not kept is zero, has no gradient and stays so. Forward, backward and further derivatives compute
     kept blocks alone, so that 0 x Inf is 0 there. On CUDA, blocks of 16, 32, 64 or 128 a side in fp32, bf16 or fp16 run
-    as Triton kernels; other blocks, other devices and float64 in plain PyTorch. On a CPU in eval mode, where no
-    gradient is recorded, the kernels of `SparseLinear` run.
+    as Triton kernels, or the forward pass as one of the CUDA library's, as `provider` says; other blocks, other devices
+    and float64 in plain PyTorch. On a CPU in eval mode, where no gradient is recorded, the kernels of `SparseLinear`
+    run.
 
     Shapes: x [..., K] of the values' dtype -> [..., N]. Under autocast any, and the result has autocast's dtype.
 
@@ -59,6 +60,9 @@ class BlockSparseLinear(PackedCache, nn.Module):
     index: Tensor | None
     values: nn.Parameter
     bias: nn.Parameter | None
+
+    # Of the forward pass on a GPU, see bertkern.ops.linear_providers.
+    provider: str = "auto"
 
     def __init__(
         self,
@@ -194,7 +198,7 @@ class BlockSparseLinear(PackedCache, nn.Module):
             y = self._packed_forward(x)
             if y is not None:
                 return y
-        return block_sparse_linear(x, self.values, index, self.out_features, self.bias)
+        return block_sparse_linear(x, self.values, index, self.out_features, self.bias, self.provider)
 
     def _packed_forward(self, x: Tensor) -> Tensor | None:
         """The result by the processor's kernels, in eval mode where no gradient is recorded; None: not by them."""

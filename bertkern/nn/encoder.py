@@ -62,9 +62,14 @@ class Stack:
 
     A layer that stands there several times runs as often, and is packed and looked after once.
 
+    Attributes:
+        device: where it runs.
+
     Raises:
         Unfit: the layers are not what the operator computes.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], watched: Sequence[nn.Module]) -> None:
         if not layers:
@@ -82,6 +87,11 @@ class Stack:
         self.activation = _common("activation", [_activation(getattr(*part.activation)) for part in once])
         self.heads = [_check_shapes(part) for part in parts]
         self.attentions, self.outs = [part.query[0] for part in parts], [getattr(*part.out) for part in parts]
+        self._take(parts, linears)
+        self._follow(slots, leaves, linears, norms, watched)
+
+    def _take(self, parts: Sequence[LayerParts], linears: Sequence[Any]) -> None:
+        """Makes the arguments of the layers' parts; `linears` are theirs, once each."""
         for leaf in linears:
             leaf.packed()
         # Read before the tensors: a change by another thread from here on is then noticed.
@@ -91,10 +101,9 @@ class Stack:
         with torch.no_grad():
             flat = torch.stack([tensor.detach().float() for norm in every for tensor in (norm.weight, norm.bias)])
         # [layers, 4, H]: weight and bias of the attention norm, weight and bias of the output norm.
-        self.norms = flat.view(len(layers), 4, -1)
+        self.norms = flat.view(len(parts), 4, -1)
         # In the order of encoder_from: weight and bias of the layer's six linears, then of its two norms.
         self._made_from = [_NOTHING if tensor is None else tensor for part in parts for tensor in _made_from(part)]
-        self._follow(slots, leaves, linears, norms, watched)
 
     def _follow(
         self,

@@ -14,6 +14,7 @@ from .. import ops
 from ..config import GroupwiseConfig
 from ..formats.groupwise import GroupwiseWeight, expect_bits, group_count, read_rows, table_rows
 from ..formats.rounding import round_weight
+from ..gpu.linears import Groupwise
 from ..ops.groupwise_planes import GroupwisePlanes, pack_for_triton
 from ..ops.groupwise_triton import groupwise_linear_cuda
 from .int8 import finite, input_step
@@ -185,6 +186,8 @@ class GroupwiseLinear(_GroupwiseWeight):
     original: tuple[nn.Linear] | None = None
     dtype: torch.dtype = torch.float32
     _planes: Copy | None = None
+    # On a GPU, see bertkern.ops.linear_providers.
+    provider: str = "auto"
 
     def __init__(
         self,
@@ -291,7 +294,7 @@ class GroupwiseLinear(_GroupwiseWeight):
     def _by_planes(self, x: Tensor) -> Tensor:
         """What `forward` gives on CUDA."""
         planes, options = self.planes()
-        return groupwise_linear_cuda(x, planes, self.bias, **options)
+        return groupwise_linear_cuda(x, planes, self.bias, **options, provider=self.provider)
 
     def planes(self) -> tuple[GroupwisePlanes, dict[str, Any]]:
         """The weight laid out for the GPU's kernels, on its device, and how they round activations.
@@ -301,10 +304,17 @@ class GroupwiseLinear(_GroupwiseWeight):
         copy = self._planes
         if copy is not None and torch.compiler.is_compiling():
             return copy.packed
-        sources = (self._buffers.get(CODES), *self._sources())
+        sources = self._operand_sources()
         if copy is None or not copy.follows(sources):
             copy = self._lay_out(sources)
         return copy.packed
+
+    def _make_operand(self) -> Groupwise:
+        planes, options = self.planes()
+        return Groupwise(planes, self.bias, options)
+
+    def _operand_sources(self) -> tuple[Tensor | None, ...]:
+        return (self._buffers.get(CODES), *self._sources())
 
     @torch.compiler.disable
     @torch.no_grad()

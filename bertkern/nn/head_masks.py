@@ -39,7 +39,9 @@ def checked(mask: Tensor, layers: int, heads: int) -> Tensor:
         )
     if mask.is_complex():
         raise TypeError(f"head_mask: expected bool, int or float. Got {str(mask.dtype).removeprefix('torch.')}.")
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(mask.detach()).all()):
+    # Looking at what is on a GPU would wait for it.
+    looked_at = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and not bool(torch.isfinite(mask.detach()).all()):
         raise ValueError("head_mask: expected finite factors. Got NaN or Inf.")
     mask = mask.clone()
     if mask.dim() == 1:
@@ -64,14 +66,15 @@ def layer_factors(mask: Tensor, kept: Sequence[Sequence[int]]) -> list[Tensor | 
     """For each layer the factors of the heads that it still has, [1 or B, kept heads]; None where all are one, or none
     is left.
 
-    A mask with a gradient gives factors everywhere, be they one. Made without operations that keep tensors, so one
-    call serves any number of backward passes.
+    A mask with a gradient, or on a GPU, gives factors everywhere, be they one. Made without operations that keep
+    tensors, so one call serves any number of backward passes.
 
     Args:
         mask: [layers, 1 or B, heads], as of `checked`.
         kept: the numbers of each layer's heads.
     """
     traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and mask.requires_grad)
+    traced = traced or mask.device.type != "cpu"
     made: list[Tensor | None] = []
     for row, heads in zip(mask.unbind(0), kept, strict=True):
         if list(heads) != list(range(mask.shape[-1])):
@@ -89,13 +92,14 @@ def multiplied(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one * other
 
 
-def joined(factors: Sequence[Tensor | None], heads: Sequence[int], batch: int) -> Tensor | None:
+def joined(factors: Sequence[Tensor | None], heads: Sequence[int], batch: int, device: torch.device) -> Tensor | None:
     """The factors of all layers side by side, fp32 [1 or B, heads of all layers], for the encoder operator.
 
     Args:
         factors: of each layer, [1 or B, its heads]; None: all one.
         heads: how many each layer computes; one without heads computes one of zeros.
         batch: how many sequences there are.
+        device: of the operator.
 
     Returns:
         None where nothing is to be done.
@@ -110,10 +114,10 @@ def joined(factors: Sequence[Tensor | None], heads: Sequence[int], batch: int) -
     made = []
     for factor, count in zip(factors, heads, strict=True):
         if factor is None:
-            made.append(torch.ones(()).expand(rows, count))
+            made.append(torch.ones((), device=device).expand(rows, count))
         else:
             check_batch(factor, batch)
-            made.append(factor.to("cpu", torch.float32).expand(rows, count))
+            made.append(factor.to(device, torch.float32).expand(rows, count))
     return torch.cat(made, 1)
 
 

@@ -8,12 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _ops  # noqa: F401  (loads the operators)
+from .. import (
+    _ops,  # noqa: F401  (loads the operators)
+    gpu,
+)
 from ..config import GroupwiseConfig, Int8Config
 from ..formats.bsr import BsrWeight
 from ..formats.int8 import quantize_weight, static_step
+from ..gpu.linears import Int8
+from ..gpu.rows import Rows
 from .linear import FLOATS
-from .packing import PackedCache, lean
+from .packing import PackedCache, lean, needs_grad
 from .sparse import DENSE, Form, pack_blocks
 
 _linear = lean(torch.ops.bertkern.linear.default)
@@ -108,8 +113,9 @@ class Int8Linear(PackedCache, _Int8Weight):
             tokens' own ranges 0: each has a zero point of its own; 128: ranges are symmetric about 0.
         output_scale: fp32 scalar; not 0: the output is rounded to int8 of this step (Q8BERT).
 
-    Training mode, other devices and gradients use the dequantized weight and leave activations as they are. With a
-    sparse `form` the codes are held as their nonzero blocks; `weight_codes` and the state dict are dense all the same.
+    Training mode and gradients, and devices that are neither a CPU nor CUDA, use the dequantized weight and leave
+    activations as they are. With a sparse `form` the codes are held as their nonzero blocks; `weight_codes` and the
+    state dict are dense all the same.
     A state dict may hold `crow`, `col` and `values` of a `BsrWeight` instead of `weight_codes`, as files do.
 
     Example:
@@ -343,11 +349,18 @@ class Int8Linear(PackedCache, _Int8Weight):
             return pack_blocks(self.blocks(), self.form, scale, bias, *static)
         return torch.ops.bertkern.pack_qlinear.default(codes.contiguous(), scale, bias, *static)
 
+    def _make_operand(self) -> Int8:
+        _, scale, bias, step, zero, out = self._sources()
+        # Steps are read here, once: at every call that would wait for the GPU.
+        return Int8.of(self.weight_codes, scale, bias, (float(step), int(zero)), float(out))
+
     def _plain(self, x: Tensor) -> Tensor:
         bias = self.bias
         return F.linear(x, self.dequantized_weight(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if gpu.runs_on(x.device) and not self.training and x.dtype in FLOATS and not needs_grad(x):
+            return self.operand()(Rows(x.reshape(-1, self.in_features)), x.dtype).view(*x.shape[:-1], -1)
         if self.training or not x.is_cpu or x.dtype not in FLOATS:
             return self._plain(x)
         return _linear(x, self.packed(), self.out_features)

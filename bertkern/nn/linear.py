@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _ops  # noqa: F401  (loads the operators)
+from ..gpu.linears import Dense
 from .packing import PackedCache, lean, needs_grad
 
 _linear = lean(torch.ops.bertkern.linear.default)
@@ -50,6 +51,10 @@ class PackedLinear(PackedCache, nn.Linear):
         weight = weight.float() if weight.dtype == torch.float16 else weight
         bias = None if bias is None else bias.detach().float()
         return torch.ops.bertkern.pack_linear.default(weight.contiguous(), bias)
+
+    def _make_operand(self) -> Dense:
+        weight, bias = self._sources()
+        return Dense(weight.detach(), None if bias is None else bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.packable():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _gradients
+from ..gpu.linears import Linear
 
 
 class _State(threading.local):
@@ -76,10 +77,11 @@ class PackedCache:
     In-place changes are seen by the version counters of the tensors, exchanges by attribute access. Fused optimizers
     do not count what they change, so layers with parameters also drop the copy in training mode and after a backward
     pass. Writing through `tensor.data` is invisible, as it is to autograd. The copy belongs to this machine: it is
-    never saved or pickled.
+    never saved or pickled. `operand()` is the same for the operators of a GPU.
     """
 
     _packed: Copy | None = None
+    _operand: Copy | None = None
 
     def _sources(self) -> tuple[Tensor | None, ...]:
         # The weight, what scales it and the bias come first, in the first three places.
@@ -111,9 +113,30 @@ class PackedCache:
         Epoch.now += 1
         return packed
 
+    def _make_operand(self) -> Linear:
+        raise NotImplementedError
+
+    def operand(self) -> Linear:
+        """The layer as the GPU's operators take it, on its own device."""
+        copy = self._operand
+        if copy is None or not (torch.compiler.is_compiling() or copy.follows(self._operand_sources())):
+            copy = self._lay_operand_out()
+        return copy.packed
+
+    def _operand_sources(self) -> tuple[Tensor | None, ...]:
+        return self._sources()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _lay_operand_out(self) -> Copy:
+        copy = self.__dict__["_operand"] = Copy.of(self._operand_sources(), self._make_operand())
+        Epoch.now += 1
+        return copy
+
     def stale(self) -> None:
-        """Forgets the packed copy; the next call makes it anew."""
+        """Forgets the packed copies; the next call makes them anew."""
         self.__dict__.pop("_packed", None)
+        self.__dict__.pop("_operand", None)
         Epoch.now += 1
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -122,7 +145,7 @@ class PackedCache:
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_packed", "_operand")}
 
     def _repack(self) -> None:
         # Right away, not at the next call: torch.compile must find the copy when it traces.
@@ -138,6 +161,7 @@ class PackedCache:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         had = self._packed is not None
         self.__dict__.pop("_packed", None)
+        self.__dict__.pop("_operand", None)
         super()._apply(fn, recurse)
         if had:
             self._repack()

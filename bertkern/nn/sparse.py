@@ -8,13 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _ops  # noqa: F401  (loads the operators)
+from .. import (
+    _ops,  # noqa: F401  (loads the operators)
+    gpu,
+)
 from ..formats.bsr import BsrWeight
+from ..gpu.linears import BlockSparse, Dense
+from ..gpu.rows import Rows
+from ..ops.block_sparse import block_index
 from .linear import FLOATS
-from .packing import PackedCache, lean
+from .packing import PackedCache, lean, needs_grad
 
 _linear = lean(torch.ops.bertkern.linear.default)
 LAYOUTS = ("auto", "panels", "tokens")
+# Sides of blocks that the GPU's kernels take.
+GPU_SIDES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -142,12 +150,27 @@ class SparseLinear(PackedCache, nn.Linear):
         bias = self._parameters.get("bias")
         return pack_blocks(self.blocks(), self.form, None, None if bias is None else bias.detach().float())
 
+    def _make_operand(self) -> BlockSparse | Dense:
+        bias = self._parameters.get("bias")
+        bias = None if bias is None else bias.detach()
+        blocks = self.blocks()
+        if self.form.rows in GPU_SIDES and self.form.columns in GPU_SIDES:
+            return BlockSparse(blocks.values.detach(), block_index(blocks), bias, self.out_features)
+        # Smaller blocks leave tensor cores idle.
+        return Dense(blocks.to_dense().detach(), bias)
+
     def forward(self, x: Tensor) -> Tensor:
         bias = self._parameters.get("bias")
+        if self._runs_on_gpu(x):
+            return self.operand()(Rows(x.reshape(-1, x.shape[-1])), x.dtype).view(*x.shape[:-1], -1)
         if self.training or not self.packable() or not x.is_cpu or x.dtype not in FLOATS:
             weight = self.weight
             return F.linear(x, weight if self.training else weight.detach(), bias)
         return _linear(x, self.packed(), self.out_features)
+
+    def _runs_on_gpu(self, x: Tensor) -> bool:
+        fits = gpu.runs_on(x.device) and x.dtype in FLOATS and not self.training and self.packable()
+        return fits and not needs_grad(x, self._parameters.get("bias"))
 
     def train(self, mode: bool = True) -> "SparseLinear":
         super().train(mode)

@@ -53,6 +53,7 @@ def made(block, n=None, k=None, dtype=DOUBLE, seed=0, **options) -> BlockSparseL
 # --- numbers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (), (0,), (2, 0)])
 @pytest.mark.parametrize("block", BLOCKS)
@@ -73,6 +74,7 @@ def test_as_the_masked_dense_layer(block, shape, bias):
         torch.testing.assert_close(layer.bias.grad, other.grad)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("block", [(1, 4), (16, 4), (32, 32)])
 def test_inputs_and_gradients_that_are_not_contiguous(block):
     layer = made(block)
@@ -95,6 +97,7 @@ def test_inputs_and_gradients_that_are_not_contiguous(block):
             torch.testing.assert_close(layer.bias.grad, dy.sum(0))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("block, n, k", [((2, 3), 7, 10), ((1, 4), 5, 9), ((4, 1), 9, 3), ((4, 4), 3, 3)])
 def test_gradcheck(block, n, k):
     layer = made(block, n, k)
@@ -108,6 +111,7 @@ def test_gradcheck(block, n, k):
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("op", ["linear", "input_gradient", "values_gradient"])
 def test_operators(op):
     layer = made((2, 3), 7, 10)
@@ -123,6 +127,7 @@ def test_operators(op):
         assert set(found.values()) == {"SUCCESS"}
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("block", [(1, 4), (16, 16), (64, 64)])
 def test_narrower_dtypes(block, dtype, atol):
@@ -135,6 +140,7 @@ def test_narrower_dtypes(block, dtype, atol):
     torch.testing.assert_close(y.double(), exact(x.double()), atol=atol, rtol=atol)
 
 
+@pytest.mark.usefixtures("device")
 def test_no_block_left():
     layer = BlockSparseLinear(40, 70, (32, 32), pattern=torch.zeros(3, 2, dtype=torch.bool))
     x = torch.randn(3, 40, requires_grad=True)
@@ -147,6 +153,7 @@ def test_no_block_left():
     assert torch.equal(twin(x), y)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("k, n", [(0, 5), (5, 0), (0, 0)])
 def test_widths_of_zero(k, n):
     layer = BlockSparseLinear(k, n, (4, 4))
@@ -157,6 +164,7 @@ def test_widths_of_zero(k, n):
     assert x.grad.shape == x.shape and torch.equal(layer.bias.grad, torch.full((n,), 6.0))
 
 
+@pytest.mark.usefixtures("device")
 def test_what_is_not_kept_is_not_read():
     layer = BlockSparseLinear(96, 64, (32, 32), pattern=torch.tensor([[0, 1, 0], [0, 1, 0]]) > 0)
     x = torch.randn(5, 96)
@@ -165,6 +173,7 @@ def test_what_is_not_kept_is_not_read():
     assert torch.equal(layer(x), clean)
 
 
+@pytest.mark.usefixtures("device")
 def test_nan_in_a_block_is_kept():
     linear = nn.Linear(64, 64)
     with torch.no_grad():

@@ -1,0 +1,110 @@
+"""Choices by times on a GPU, with a clock of the test's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bertkern as bk
+from bertkern import gpu_tuning, tuning
+from bertkern.nn.sparse import DENSE, Form
+from bertkern.ops import providers, rowwise_triton
+
+
+def weight(side: int, kept: float, n: int = 256, k: int = 384) -> torch.Tensor:
+    torch.manual_seed(0)
+    blocks = torch.rand(n // side, 1, k // side, 1) < kept
+    return (torch.randn(n // side, side, k // side, side) * blocks).view(n, k)
+
+
+def test_candidates_are_the_largest_blocks_that_keep_no_more():
+    assert list(gpu_tuning.candidates(weight(128, 0.5))) == [Form("panels", 128, 128)]
+    assert list(gpu_tuning.candidates(weight(32, 0.2))) == [Form("panels", 64, 64), Form("panels", 32, 32)]
+    assert gpu_tuning.candidates(weight(32, 0.99)) == {}
+    assert gpu_tuning.candidates(torch.randn(64, 64)) == {}
+    assert gpu_tuning.candidates(weight(16, 0.5)) == {}, "blocks of 16 fill all larger ones"
+    assert Form("panels", 32, 32) in gpu_tuning.candidates(weight(32, 0.3)[:250, :370])
+
+
+class Clock:
+    """Says how long a call takes: the dense product 1, others `share`."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.calls = share, 0
+
+    def __call__(self, run) -> float:
+        self.calls += 1
+        assert run().shape[-1] == 256
+        return self.share if "block_sparse_linear" in run.__code__.co_names else 1.0
+
+
+def test_the_fastest_form_is_taken_and_kept(tmp_path):
+    times = tuning.Times(tmp_path / "times.json")
+    w, clock = weight(32, 0.2), Clock(0.4)
+    choice = gpu_tuning.choose(w, times, (8,), clock)
+    assert choice.form in (Form("panels", 64, 64), Form("panels", 32, 32)) and choice.measured
+    assert set(choice.shares.values()) == {0.4} and clock.calls == 4
+    gpu_tuning.choose(w, times, (8,), clock)
+    assert clock.calls == 4, "looked up"
+    assert gpu_tuning.choose(w, tuning.Times(tmp_path / "other.json"), (8,), Clock(1.1)).form == DENSE
+    assert gpu_tuning.choose(torch.randn(256, 64), times, (8,), clock).form == DENSE
+    assert gpu_tuning.choose(weight(32, 0.1), None).form.rows == 32
+    assert gpu_tuning.choose(weight(32, 0.7), None).form == DENSE
+
+
+def test_a_model_with_zeros_runs_in_the_chosen_form(on_gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
+    monkeypatch.setattr(gpu_tuning.choose, "__defaults__", (gpu_tuning.ROWS, Clock(0.5)))
+    linear = torch.nn.Linear(384, 256)
+    with torch.no_grad():
+        linear.weight.copy_(weight(32, 0.2))
+    model, x = torch.nn.Sequential(linear).eval(), torch.randn(5, 384)
+    with torch.no_grad():
+        expected = model(x)
+        bk.accelerate(model)
+        assert model[0].form.rows in (32, 64)
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    assert "panels" in bk.report(model).rows[0].runs and "measured time" in bk.report(model).rows[0].why
+
+
+def test_providers(monkeypatch):
+    device = torch.device("cpu")
+    assert providers.available("gather_rows_cuda") == (providers.TRITON, providers.TORCH)
+    with pytest.raises(ValueError, match=r"expected a provider of quantize_rows_cuda, .* Got 'other'\."):
+        providers.prefer("quantize_rows_cuda", device, 8, "other")
+    monkeypatch.setattr(providers, "available", lambda op: (providers.TRITON, providers.CUDA, providers.TORCH))
+    with providers.preferred("quantize_rows_cuda", device, 8, providers.CUDA):
+        assert providers.provider("quantize_rows_cuda", device, 8) == providers.CUDA
+        assert providers.provider("quantize_rows_cuda", device, 9) == providers.TRITON
+    assert providers.provider("quantize_rows_cuda", device, 8) == providers.TRITON
+
+
+@pytest.mark.parametrize(("cuda", "chosen"), [(0.5, providers.CUDA), (1.5, providers.TRITON)])
+def test_the_faster_provider_is_taken(monkeypatch, tmp_path, cuda, chosen):
+    device = torch.device("cpu")
+    monkeypatch.setattr(providers, "_chosen", {})
+    monkeypatch.setattr(providers, "available", lambda op: (providers.TRITON, providers.CUDA, providers.TORCH))
+
+    times = tuning.Times(tmp_path / "times.json")
+    took = iter([1.0, cuda] * 4)
+    gpu_tuning.choose_providers(8, torch.float32, device, times, lambda run: (run(), next(took))[1])
+    assert {providers.provider(op, device, 8) for op in providers.TWINS} == {chosen}
+    # The second time it is looked up.
+    monkeypatch.setattr(providers, "_chosen", {})
+    gpu_tuning.choose_providers(8, torch.float32, device, times, lambda run: 1 / 0)
+    assert {providers.provider(op, device, 8) for op in providers.TWINS} == {chosen}
+
+
+def test_the_twin_is_called_with_the_operators_arguments(monkeypatch):
+    called = []
+    monkeypatch.setattr(rowwise_triton, "_by_cuda", lambda op, x, width: lambda *given: called.append((op, given)))
+    x, one = torch.ones(2, 8), torch.ones(8)
+    rowwise_triton._quantize_op._init_fn(x, None, 0.0, 0)
+    rowwise_triton._normal_op._init_fn(x, None, one, one, None, 1e-5)
+    rowwise_triton._normal_quantize_op._init_fn(x, x, one, one, None, 1e-5, 0.0, 128)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    rowwise_triton._embed_op._init_fn([ids], [x], [one[:1]], one, one, 1e-5, torch.float32)
+    assert [op for op, _ in called] == [
+        "quantize_rows_cuda", "add_layernorm_cuda", "add_layernorm_quantize_cuda", "embed_cuda",
+    ]  # fmt: skip
+    assert [len(given) for _, given in called] == [4, 6, 8, 7]
