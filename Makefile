@@ -4,6 +4,7 @@
 #   make test    build and test                            make test ARGS='-k isa'
 #   make build   build only (incremental)                  make bench   GEMM and end to end
 #   make lint    what pre-commit checks                    make asan    kernel tests under Address and UB sanitizers
+#   make gpu     check and measure on a CUDA card           make gpu-sanitize   compute-sanitizer over its kernels
 #
 # PYTHON=python3.12 names the interpreter to start from. A torch that it already has is used, else $(TORCH) is installed.
 # pip's own settings (PIP_INDEX_URL, ...) and the build's (CXX, MAX_JOBS, DEBUG) apply.
@@ -26,7 +27,7 @@ ifneq ($(shell cat $(VENV)/made-from 2>/dev/null),$(MADE_FROM))
 .PHONY: $(VENV)/made-from
 endif
 
-.PHONY: demo test build bench lint asan clean
+.PHONY: demo test build bench lint asan gpu gpu-sanitize clean
 .DEFAULT_GOAL := build
 
 $(VENV)/made-from:
@@ -74,6 +75,12 @@ asan: $(VENV)/installed
 	BERTKERN_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED)
 	LD_PRELOAD='$(RUNTIME)' ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    BERTKERN_LIBRARY=$(SANITIZED)/bertkern/_C.abi3.so $(BIN)/python -m pytest -m 'not slow' $(or $(ARGS),tests/ops)
+
+gpu: build
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+gpu-sanitize: build
+	$(BIN)/python -m benchmarks.gpu --sections sanitizer --again --budget 1800 $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info bertkern/*.so

@@ -19,6 +19,15 @@ from .tables import SparsePoint, facts_line, milliseconds, share_of_zeros
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
 EMPTY = "*Not measured yet: `benchmarks/campaign.sh` measures and fills this.*"
+GPU_BEGIN, GPU_END = (
+    "<!-- measured on a card: begin (benchmarks/readme_table.py) -->",
+    "<!-- measured on a card: end -->",
+)
+GPU_EMPTY = (
+    "**No kernel of this path has run on a card yet.** Triton's are compiled for sm_80, 90 and 100 and for AMD's "
+    "gfx942, and run in Triton's interpreter; there are no timings. `python -m benchmarks.gpu` on a card checks them, "
+    "measures them beside torch, and fills this."
+)
 
 
 def table(results: Path) -> str:
@@ -189,13 +198,42 @@ PARTS = {
 }
 
 
-def insert(readme: str, text: str) -> str:
-    """README with `text` between the markers. Raises ValueError where they are missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README: expected the markers {BEGIN} and {END}.")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+def gpu_table(results: Path) -> str:
+    """The Markdown of the card: models in ms, and what was asked for beside what was measured."""
+    from .gpu.goals import judge
+    from .gpu.goals import table as asked
+
+    runs = [load(path) for path in sorted((results / "gpu").glob("gpu-*.json"))]
+    rows = [row for run in runs for row in run.rows]
+    timed = [run for run in runs if any(row.metric == "latency_ms" for row in run.rows)]
+    if not timed:
+        return GPU_EMPTY
+    parts = [_gpu_models(run) for run in timed if run.name == "gpu-models"]
+    found = [line for line in asked(judge(rows)) if line[2] != "-"]
+    if found:
+        parts.append(_markdown(["figure", "asked", "measured", "", "worst at"], found))
+    said = dict.fromkeys(f"{run.device}, {run.isa}, {run.date[:10]}" for run in timed)
+    checks = [row for row in rows if row.metric == "ok" and row.kernel == "smoke"]
+    ran = f"{sum(row.median for row in checks):.0f} of {len(checks)} kernels ran and were right; " if checks else ""
+    return "\n\n".join([*parts, f"{ran}{'; '.join(said)}."])
+
+
+def _gpu_models(run: Run) -> str:
+    shapes = run.x_values("latency_ms")
+    rows = []
+    for name in run.providers("latency_ms"):
+        found = [run.find(name, "latency_ms", x) for x in shapes]
+        rows.append([_strong(name), *(milliseconds(row.median) if row else "-" for row in found)])
+    return _markdown(["BERT-base on a card, ms (batch x tokens: padding)", *shapes], rows)
+
+
+def insert(readme: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """README with `text` between two markers. Raises ValueError where they are missing."""
+    before, found, rest = readme.partition(begin)
+    _, ending, after = rest.partition(end)
+    if not found or not ending:
+        raise ValueError(f"README: expected the markers {begin} and {end}.")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main() -> int:
@@ -205,7 +243,8 @@ def main() -> int:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     old = readme.read_text()
-    new = insert(old, table(ROOT / "benchmarks" / "results"))
+    results = ROOT / "benchmarks" / "results"
+    new = insert(insert(old, table(results)), gpu_table(results), GPU_BEGIN, GPU_END)
     if arguments.check:
         if old != new:
             print("README.md: the table is stale; run: python -m benchmarks.readme_table", file=sys.stderr)
