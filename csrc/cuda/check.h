@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "cuda/types.h"
 #include "edge.h"
 
 namespace bertkern::ops {
@@ -40,6 +41,22 @@ inline Tensor expect_cuda_float(const char* op, const char* name, const Tensor& 
   require(is_activation_dtype(t.scalar_type()), op, ": expected ", name, " of dtype float32, bfloat16 or float16. Got ",
           dtype_name(t.scalar_type()), ".");
   return dense(t);
+}
+
+// Of the dtypes that kernels tell apart at run time; any other is taken for fp32.
+inline bertkern::cuda::Type type_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::BFloat16:
+      return bertkern::cuda::Type::bf16;
+    case ScalarType::Half:
+      return bertkern::cuda::Type::f16;
+    case ScalarType::Char:
+      return bertkern::cuda::Type::s8;
+    case ScalarType::Byte:
+      return bertkern::cuda::Type::u8;
+    default:
+      return bertkern::cuda::Type::f32;
+  }
 }
 
 inline Tensor empty_beside(const Tensor& t, std::vector<int64_t> shape, ScalarType dtype) {

@@ -3,80 +3,36 @@
 // and written 16 bytes at a time.
 #pragma once
 
-#include "cuda/ptx.h"
+#include "cuda/activation.h"
+#include "cuda/types.h"
 
 namespace bertkern::cuda {
 
-// Float types of tensors whose type is known at run time alone.
-enum class Float : int { f32, f16, bf16 };
-
-// Numbered as in bertkern/nn/activations.py: none, gelu, gelu_tanh, relu, tanh, silu.
-constexpr int kActivations = 6;
-
 BK_DEVICE int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
-
-BK_DEVICE float exp_approx(float x) { return exp2_approx(x * 1.4426950408889634f); }
-
-// Within 3e-7.
-BK_DEVICE float tanh_approx(float x) {
-  const float e = exp_approx(-2.0f * fabsf(x));
-  const float size = div_full(1.0f - e, 1.0f + e);
-  return x < 0.0f ? -size : size;
-}
-
-// x of N numbers in place; the branch is taken once for all of them.
-template <int N>
-BK_DEVICE void activate(float (&x)[N], int activation) {
-  switch (activation) {
-    case 1:
-      BK_UNROLL
-      for (int i = 0; i < N; ++i) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.7071067811865476f));
-      break;
-    case 2:
-      BK_UNROLL
-      for (int i = 0; i < N; ++i)
-        x[i] = 0.5f * x[i] * (1.0f + tanh_approx(0.7978845608028654f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
-      break;
-    case 3:
-      BK_UNROLL
-      for (int i = 0; i < N; ++i) x[i] = x[i] < 0.0f ? 0.0f : x[i];  // a NaN stays one
-      break;
-    case 4:
-      BK_UNROLL
-      for (int i = 0; i < N; ++i) x[i] = tanh_approx(x[i]);
-      break;
-    case 5:
-      BK_UNROLL
-      for (int i = 0; i < N; ++i) x[i] = div_full(x[i], 1.0f + exp_approx(-x[i]));
-      break;
-    default:
-      break;
-  }
-}
 
 BK_DEVICE bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-BK_DEVICE float load_float(const void* p, int64_t i, Float type) {
-  if (type == Float::f32) return static_cast<const float*>(p)[i];
-  if (type == Float::f16) return to_float(static_cast<const __half*>(p)[i]);
+BK_DEVICE float load_float(const void* p, int64_t i, Type type) {
+  if (type == Type::f32) return static_cast<const float*>(p)[i];
+  if (type == Type::f16) return to_float(static_cast<const __half*>(p)[i]);
   return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
 }
 
-BK_DEVICE void store_float(void* p, int64_t i, Float type, float x) {
-  if (type == Float::f32)
+BK_DEVICE void store_float(void* p, int64_t i, Type type, float x) {
+  if (type == Type::f32)
     static_cast<float*>(p)[i] = x;
-  else if (type == Float::f16)
+  else if (type == Type::f16)
     static_cast<__half*>(p)[i] = from_float<__half>(x);
   else
     static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(x);
 }
 
 // Elements i .. i + count - 1 (count from 1 to 8) of p; zeros behind.
-BK_DEVICE void load8(const void* p, int64_t i, Float type, int count, float (&x)[8]) {
-  const char* at = static_cast<const char*>(p) + i * (type == Float::f32 ? 4 : 2);
+BK_DEVICE void load8(const void* p, int64_t i, Type type, int count, float (&x)[8]) {
+  const char* at = static_cast<const char*>(p) + i * (type == Type::f32 ? 4 : 2);
   if (count == 8 && aligned16(at)) {
     const uint4 low = *reinterpret_cast<const uint4*>(at);
-    if (type == Float::f32) {
+    if (type == Type::f32) {
       const uint4 high = *reinterpret_cast<const uint4*>(at + 16);
       const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       BK_UNROLL
@@ -86,7 +42,7 @@ BK_DEVICE void load8(const void* p, int64_t i, Float type, int count, float (&x)
     const uint32_t pairs[4] = {low.x, low.y, low.z, low.w};
     BK_UNROLL
     for (int e = 0; e < 8; ++e)
-      x[e] = type == Float::f16 ? to_float(unpack2<__half>(pairs[e / 2], e % 2))
+      x[e] = type == Type::f16 ? to_float(unpack2<__half>(pairs[e / 2], e % 2))
                                 : to_float(unpack2<__nv_bfloat16>(pairs[e / 2], e % 2));
     return;
   }
@@ -94,15 +50,15 @@ BK_DEVICE void load8(const void* p, int64_t i, Float type, int count, float (&x)
   for (int e = 0; e < 8; ++e) x[e] = e < count ? load_float(p, i + e, type) : 0.0f;
 }
 
-BK_DEVICE void store8(void* p, int64_t i, Float type, int count, const float (&x)[8]) {
-  char* at = static_cast<char*>(p) + i * (type == Float::f32 ? 4 : 2);
+BK_DEVICE void store8(void* p, int64_t i, Type type, int count, const float (&x)[8]) {
+  char* at = static_cast<char*>(p) + i * (type == Type::f32 ? 4 : 2);
   if (count == 8 && aligned16(at)) {
     uint4 low, high;
-    if (type == Float::f32) {
+    if (type == Type::f32) {
       low = {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])};
       high = {bits_of(x[4]), bits_of(x[5]), bits_of(x[6]), bits_of(x[7])};
       *reinterpret_cast<uint4*>(at + 16) = high;
-    } else if (type == Float::f16) {
+    } else if (type == Type::f16) {
       low = {pack2<__half>(x[0], x[1]), pack2<__half>(x[2], x[3]), pack2<__half>(x[4], x[5]),
              pack2<__half>(x[6], x[7])};
     } else {

@@ -6,17 +6,11 @@
 
 namespace bertkern::ops::cuda {
 
-inline bertkern::cuda::Float float_type(ScalarType t) {
-  return t == ScalarType::Half       ? bertkern::cuda::Float::f16
-         : t == ScalarType::BFloat16 ? bertkern::cuda::Float::bf16
-                                     : bertkern::cuda::Float::f32;
-}
-
-inline int checked_gpu_activation(const char* op, int64_t activation) {
+inline bertkern::cuda::Activation checked_gpu_activation(const char* op, int64_t activation) {
   require(activation >= 0 && activation < bertkern::cuda::kActivations, op,
           ": expected activation 0 (none), 1 (gelu), ", "2 (gelu_tanh), 3 (relu), 4 (tanh) or 5 (silu). Got ",
           activation, ".");
-  return static_cast<int>(activation);
+  return static_cast<bertkern::cuda::Activation>(activation);
 }
 
 inline Tensor expect_residual(const char* op, const Tensor& residual, const Tensor& x,

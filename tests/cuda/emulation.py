@@ -26,6 +26,9 @@ import torch
 
 from tests.conftest import ROOT
 
+# csrc/cuda/types.h
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
+
 CSRC = ROOT / "csrc"
 EMULATOR = CSRC / "cuda" / "emulator" / "emulator.cpp"
 GUARD = 4096

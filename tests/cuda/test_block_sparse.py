@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bertkern.formats import BsrWeight
 from tests import reference
-from tests.cuda.emulation import emulated, skip_without_emulator
+from tests.cuda.emulation import TYPES, emulated, skip_without_emulator
 
 skip_without_emulator()
 
@@ -25,8 +25,8 @@ extern "C" int block_sparse(void* x, void* values, void* crow, void* col, void* 
   p.weight_scale = static_cast<float*>(weight_scale), p.column_sum = static_cast<int*>(column_sum);
   p.x_stride = x_stride, p.residual_stride = residual_stride, p.y_stride = y_stride;
   p.tokens = tokens, p.n = n, p.k = k, p.block_rows = br, p.block_columns = bc;
-  p.operand = Operand(operand), p.bias_type = Float(bias_type), p.residual_type = Float(residual_type);
-  p.y_type = Float(y_type), p.activation = activation;
+  p.operand = Operand(operand), p.bias_type = Type(bias_type), p.residual_type = Type(residual_type);
+  p.y_type = Type(y_type), p.activation = static_cast<Activation>(activation);
   return launch_block_sparse(p, nullptr, tile_tokens);
 }
 """
@@ -80,7 +80,7 @@ def run(
     sums = weight.to_dense().to(torch.int32).sum(1, dtype=torch.int32) if x_zero is not None else None
 
     def number(tensor: Tensor | None) -> int:
-        return FLOATS.index(tensor.dtype) if tensor is not None else 0
+        return TYPES[tensor.dtype] if tensor is not None else 0
 
     emulated("block_sparse/block_sparse.cu", GLUE).block_sparse(
         x, weight.values, weight.crow, weight.col, bias, residual, y, x_scale, x_zero, weight_scale, sums, x.stride(0),

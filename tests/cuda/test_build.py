@@ -70,7 +70,7 @@ def project(tmp_path_factory) -> Path:
         "setup.py",
         "pyproject.toml",
         "csrc/edge.h",
-        *(f"csrc/cuda/{n}" for n in ("check.h", "check.cpp", "ptx.h")),
+        *(f"csrc/cuda/{n}" for n in ("check.h", "check.cpp", "ptx.h", "types.h")),
         *(f"csrc/cpu/{n}" for n in ("isa.h", "isa.cpp")),
     )
     for name in copied:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests import reference
-from tests.cuda.emulation import EmulatorError, emulated, skip_without_emulator
+from tests.cuda.emulation import TYPES, EmulatorError, emulated, skip_without_emulator
 
 skip_without_emulator()
 
@@ -39,7 +39,6 @@ extern "C" int gemm(void* a, int64_t code, int64_t m, int64_t n, int64_t k, int6
 TILES = {"automatic": 0, "large": 1, "middle": 2, "slices": 3, "few": 4, "rows": 5}
 ROWS = {"large": 128, "middle": 64, "slices": 32, "few": 16, "rows": 16}
 CODES = {torch.int8: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 INT8_TILES, FP8_TILES = ("large", "middle", "slices", "few"), ("large", "middle", "rows")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from bertkern.formats.groupwise import quantize_groupwise
 from bertkern.ops.groupwise_planes import GroupwisePlanes, pack_for_triton, strip_count
 from tests import reference
-from tests.cuda.emulation import emulated, skip_without_emulator
+from tests.cuda.emulation import TYPES, emulated, skip_without_emulator
 from tests.cuda.test_block_sparse import FLOATS, check, rows_of
 
 skip_without_emulator()
@@ -28,8 +28,8 @@ extern "C" int groupwise(void* x, void* codes, void* members, void* scale, void*
   p.residual = residual, p.y = y, p.partial = static_cast<float*>(partial);
   p.x_stride = x_stride, p.residual_stride = residual_stride, p.y_stride = y_stride;
   p.tokens = tokens, p.n = n, p.k = k, p.features = features, p.held = held, p.group = group, p.bits = bits;
-  p.strips = strips, p.splits = splits, p.slot = slot, p.bf16 = bf16, p.residual_type = Float(residual_type);
-  p.y_type = Float(y_type), p.activation = activation;
+  p.strips = strips, p.splits = splits, p.slot = slot, p.bf16 = bf16, p.residual_type = Type(residual_type);
+  p.y_type = Type(y_type), p.activation = static_cast<Activation>(activation);
   if (slots) return launch_add_in_order(p, slots, nullptr);
   return launch_groupwise(p, nullptr, tile_tokens);
 }
@@ -75,7 +75,7 @@ def run(
             x, planes.codes[number], members, planes.scale, planes.shift, bias, residual, y, partial, x.stride(0),
             0 if residual is None else residual.stride(0), n, t, n, k, n if group else count, count if group else 0,
             group, planes.bits[number], strip_count(k, group, count), splits, number * splits if group else 0,
-            x.dtype == torch.bfloat16, 0 if residual is None else FLOATS.index(residual.dtype), FLOATS.index(out),
+            x.dtype == torch.bfloat16, 0 if residual is None else TYPES[residual.dtype], TYPES[out],
             activation, tile, slots,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import bertkern.ops as ops
 from bertkern.formats import groupwise
 from tests import reference
-from tests.cuda.emulation import Library, emulated
+from tests.cuda.emulation import TYPES, Library, emulated
 
 GLUE = """
 using namespace bertkern::cuda;
@@ -58,7 +58,6 @@ extern "C" int embed(int64_t rows, int64_t width, TABLE(0), TABLE(1), TABLE(2), 
 }
 """
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 NONE, OWN, SYMMETRIC, FIXED = range(4)
 # Of one warp with tails, its limit, of 4 and of 16 warps; prime and odd ones; BERT's.
 WIDTHS = (1, 7, 26, 384, 717, 768, 1024, 1027, 1600, 4096, 4099, 8192)

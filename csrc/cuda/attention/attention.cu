@@ -88,8 +88,8 @@ BK_DEVICE void clear(T* out, int64_t pitch, int begin, int stop, int head_dim, i
 }
 
 // Two neighbours of a bias; where the second is not there it is not read.
-BK_DEVICE float2 bias_pair(const void* bias, AttentionType type, int64_t at, bool both, bool aligned) {
-  if (type == AttentionType::f32) {
+BK_DEVICE float2 bias_pair(const void* bias, Type type, int64_t at, bool both, bool aligned) {
+  if (type == Type::f32) {
     const float* x = static_cast<const float*>(bias) + at;
     if (both && aligned) return *reinterpret_cast<const float2*>(x);
     return make_float2(x[0], both ? x[1] : 0.0f);
@@ -100,7 +100,7 @@ BK_DEVICE float2 bias_pair(const void* bias, AttentionType type, int64_t at, boo
     found = *reinterpret_cast<const uint32_t*>(x);
   else
     found = x[0] | (both ? static_cast<uint32_t>(x[1]) << 16 : 0u);
-  if (type == AttentionType::f16)
+  if (type == Type::f16)
     return make_float2(to_float(unpack2<__half>(found, 0)), to_float(unpack2<__half>(found, 1)));
   return make_float2(to_float(unpack2<__nv_bfloat16>(found, 0)), to_float(unpack2<__nv_bfloat16>(found, 1)));
 }
@@ -361,7 +361,7 @@ Piece piece_of(const AttentionParams& p) {
 }
 
 bool pairs_of(const AttentionParams& p) {
-  const int size = p.bias_type == AttentionType::f32 ? 4 : 2;
+  const int size = p.bias_type == Type::f32 ? 4 : 2;
   const uintptr_t bits = reinterpret_cast<uintptr_t>(p.bias) | static_cast<uintptr_t>(size * p.bias_b) |
                          static_cast<uintptr_t>(size * p.bias_h) | static_cast<uintptr_t>(size * p.bias_q);
   return bits % (2 * size) == 0;
@@ -399,9 +399,9 @@ cudaError_t launch_of(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim < 1 || p.head_dim > 128 || p.type == AttentionType::f32) return cudaErrorInvalidValue;
+  if (p.head_dim < 1 || p.head_dim > 128 || p.type == Type::f32) return cudaErrorInvalidValue;
   if (!p.tokens || !p.heads || !p.sequences || !p.max_length) return cudaSuccess;
-  return p.type == AttentionType::f16 ? launch_of<__half>(p, stream) : launch_of<__nv_bfloat16>(p, stream);
+  return p.type == Type::f16 ? launch_of<__half>(p, stream) : launch_of<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace bertkern::cuda

@@ -36,9 +36,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-namespace bertkern::cuda {
+#include "cuda/types.h"
 
-enum class AttentionType : int32_t { f16 = 0, bf16 = 1, f32 = 2 };  // f32: of a bias alone
+namespace bertkern::cuda {
 
 struct AttentionParams {
   const void *q, *k, *v;                 // features of a head side by side, all else at any stride, in elements
@@ -52,7 +52,7 @@ struct AttentionParams {
   int64_t factors_b, factors_h;
   const void* bias;                // by sequence, original head, query; keys side by side; or null
   int64_t bias_b, bias_h, bias_q;  // 0 where one is for all
-  AttentionType type, bias_type;
+  Type type, bias_type;  // f32: of a bias alone
   int32_t tokens, heads, sequences, max_length, head_dim;  // head_dim 1 .. 128
   int32_t causal;
   float scale;     // above 0

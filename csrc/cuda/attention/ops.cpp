@@ -11,13 +11,6 @@ namespace bertkern::ops::cuda {
 namespace {
 
 using bertkern::cuda::AttentionParams;
-using bertkern::cuda::AttentionType;
-
-AttentionType type_of(ScalarType t) {
-  return t == ScalarType::Half       ? AttentionType::f16
-         : t == ScalarType::BFloat16 ? AttentionType::bf16
-                                     : AttentionType::f32;
-}
 
 // [T, H, d] with features side by side: heads and tokens may lie anywhere.
 Tensor expect_heads(const char* op, const char* name, const Tensor& t, const Tensor& q) {

@@ -160,7 +160,7 @@ void multiply(BlockSparse p) {
   if (count <= 0) return;
   float bias[8] = {}, weight_scale[8] = {};
   if (p.bias) load8(p.bias, feature, p.bias_type, count, bias);
-  if (sizeof(T) == 1) load8(p.weight_scale, feature, Float::f32, count, weight_scale);
+  if (sizeof(T) == 1) load8(p.weight_scale, feature, Type::f32, count, weight_scale);
 #pragma unroll 1
   for (int r = thread / kAcross; r < kTokens && first_token + r < p.tokens; r += kDown) {
     const int64_t token = first_token + r;

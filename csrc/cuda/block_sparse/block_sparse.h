@@ -52,8 +52,8 @@ struct BlockSparse {
   int64_t x_stride, residual_stride, y_stride;  // elements
   int tokens, n, k, block_rows, block_columns;
   Operand operand;
-  Float bias_type, residual_type, y_type;
-  int activation;
+  Type bias_type, residual_type, y_type;
+  Activation activation;
 };
 
 // Whether there is a kernel for blocks of this shape.

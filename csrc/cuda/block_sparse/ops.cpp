@@ -43,19 +43,19 @@ struct Call {
       bias = expect_cuda_float(op, "bias", *bias_, x_);
       require(bias.dim() == 1 && bias.size(0) == n, op, ": expected bias of shape [", n, "]. Got ", shape_of(bias),
               ".");
-      p.bias = bias.const_data_ptr(), p.bias_type = float_type(bias.scalar_type());
+      p.bias = bias.const_data_ptr(), p.bias_type = type_of(bias.scalar_type());
     }
     std::vector<int64_t> shape = shape_vector(x_);
     shape.back() = n;
     if (residual_) {
       residual = expect_residual(op, *residual_, x_, shape);
-      p.residual = residual.const_data_ptr(), p.residual_type = float_type(residual.scalar_type());
+      p.residual = residual.const_data_ptr(), p.residual_type = type_of(residual.scalar_type());
       p.residual_stride = n;
     }
     require(is_activation_dtype(out_dtype), op, ": expected out_dtype to be float32, bfloat16 or float16. Got ",
             dtype_name(out_dtype), ".");
     y = empty_beside(x_, shape, out_dtype);
-    p.y = y.mutable_data_ptr(), p.y_type = float_type(out_dtype), p.y_stride = n;
+    p.y = y.mutable_data_ptr(), p.y_type = type_of(out_dtype), p.y_stride = n;
   }
 
   Tensor launch(const char* op) {

@@ -219,10 +219,7 @@ BK_DEVICE void finish(const GemmParams& p, int64_t row, int column, const Sum (&
       y[i] = mul_rn(q, p.output_step);
     }
   }
-  if (p.activation != Activation::none) {
-    BK_UNROLL
-    for (int i = 0; i < 4; ++i) y[i] = activate(y[i], p.activation);
-  }
+  activate(y, p.activation);
   if (p.residual.data) {
     float r[4];
     load_residual(r, p.residual, row * p.residual.pitch + column, count);

@@ -19,21 +19,6 @@ constexpr int64_t kLargestK = 65536;  // times 255 * 127: more could leave int32
 
 bool is_code(ScalarType t) { return t == ScalarType::Char || t == ScalarType::Byte || t == ScalarType::Float8_e4m3fn; }
 
-Type type_of(ScalarType t) {
-  switch (t) {
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    case ScalarType::Half:
-      return Type::f16;
-    case ScalarType::Char:
-      return Type::s8;
-    case ScalarType::Byte:
-      return Type::u8;
-    default:
-      return Type::f32;
-  }
-}
-
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check_launch("cuda_qgemm", cudaDeviceGetAttribute(&value, which, device));

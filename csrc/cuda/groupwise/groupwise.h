@@ -57,8 +57,8 @@ struct Groupwise {
   int bits, strips;
   int splits, slot;  // thread blocks that share the columns; the first one's slot
   bool bf16;         // x's type
-  Float residual_type, y_type;
-  int activation;
+  Type residual_type, y_type;
+  Activation activation;
 };
 
 inline bool groupwise_supported(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }

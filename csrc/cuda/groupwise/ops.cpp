@@ -59,7 +59,7 @@ Tensor groupwise_linear_mma(const Tensor& x, std::vector<Tensor> codes, std::vec
   shape.back() = n;
   if (residual) {
     hold_residual = expect_residual(op, *residual, x, shape);
-    p.residual = hold_residual.const_data_ptr(), p.residual_type = float_type(hold_residual.scalar_type());
+    p.residual = hold_residual.const_data_ptr(), p.residual_type = type_of(hold_residual.scalar_type());
     p.residual_stride = n;
   }
   require(is_activation_dtype(out), op, ": expected out_dtype to be float32, bfloat16 or float16. Got ",
@@ -111,7 +111,7 @@ Tensor groupwise_linear_mma(const Tensor& x, std::vector<Tensor> codes, std::vec
   const OnDevice device(x);
   int slot = 0;
   for (bertkern::cuda::Groupwise& part : launches) {
-    part.y = y.mutable_data_ptr(), part.y_type = float_type(out), part.y_stride = n;
+    part.y = y.mutable_data_ptr(), part.y_type = type_of(out), part.y_stride = n;
     part.splits = splits, part.slot = slot;
     part.partial = slots > 1 ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr;
     if (group) slot += splits;

@@ -17,21 +17,6 @@ using bertkern::cuda::RowParams;
 using bertkern::cuda::Rows;
 using bertkern::cuda::Type;
 
-Type type_of(ScalarType t) {
-  switch (t) {
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    case ScalarType::Half:
-      return Type::f16;
-    case ScalarType::Char:
-      return Type::s8;
-    case ScalarType::Byte:
-      return Type::u8;
-    default:
-      return Type::f32;
-  }
-}
-
 Rows rows_of(const Tensor& t, int64_t pitch) {
   return {const_cast<void*>(t.const_data_ptr()), type_of(t.scalar_type()), false, pitch};
 }

@@ -22,9 +22,9 @@
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
-namespace bertkern::cuda {
+#include "cuda/types.h"
 
-enum class Type : int32_t { f32 = 0, bf16 = 1, f16 = 2, s8 = 3, u8 = 4 };
+namespace bertkern::cuda {
 
 // Rows of so many elements that a block keeps one in registers.
 constexpr int64_t kWidestRow = 8192;
