@@ -47,6 +47,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from .row_grid import nearest, own_zero, row_step
 from .table import Entry
 
 STRIP = 32
@@ -274,12 +275,6 @@ def add_in_order(
     )  # fmt: skip
 
 
-@triton.jit
-def _nearest(x):
-    # To even, for |x| below 2^22.
-    return (x + 12582912.0) - 12582912.0
-
-
 @triton.jit(do_not_specialize=["T"])
 def quantize(
     x, codes, scale, zero, sums, T, K, groups, group, x_stride, code_stride, step, static_zero,
@@ -301,19 +296,12 @@ def quantize(
         low, high = tl.minimum(low, tl.where(fine, a, 0.0)), tl.maximum(high, tl.where(fine, a, 0.0))
     bad = tl.max(strange, 0) > 0
     lowest, highest = tl.min(low, 0), tl.max(high, 0)
-    if STATIC:
-        size = step
-    elif OWN:
-        size = highest * (1 / 255) - lowest * (1 / 255)
-    else:
-        size = tl.maximum(-lowest, highest) * (1 / 127)
-    # Zeros, or a range below the normal numbers.
-    size = tl.where(size < 1.1754943508222875e-38, 1.0, size)
+    size = row_step(lowest, highest, step, OWN, STATIC)
     inverse = tl.div_rn(1.0, size)
     offset = 0.0
     least, most = -127.0, 127.0
     if OWN:
-        offset = tl.minimum(_nearest(-lowest * inverse), 255.0) - 128.0
+        offset = own_zero(lowest, inverse)
     elif zero is not None:
         offset = static_zero.to(tl.float32)
     if zero is not None:
@@ -329,7 +317,7 @@ def quantize(
             a = tl.load(place + k, mask=there, other=0).to(tl.float32)
             # Clamped first: both would wrap.
             a = tl.minimum(tl.maximum(tl.where(bad, 0.0, a) * inverse, least - 1.0), most + 1.0)
-            a = tl.minimum(tl.maximum(_nearest(a), least), most)
+            a = tl.minimum(tl.maximum(nearest(a), least), most)
             total += a
             tl.store(codes + row.to(tl.int64) * code_stride + k, (a + offset).to(tl.int8), mask=there)
         if sums is not None:

@@ -35,7 +35,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from .groupwise import _activate, _nearest
+from .groupwise import _activate
+from .row_grid import nearest
 from .table import Entry
 
 # The interpreter multiplies no float8: there, operands become fp32 first.
@@ -102,7 +103,7 @@ def _finish(
         whole = result * tl.div_rn(1.0, output_scale)
         # A NaN stays one.
         whole = tl.where(whole < -127.0, -127.0, tl.where(whole > 127.0, 127.0, whole))
-        result = _nearest(whole) * output_scale
+        result = nearest(whole) * output_scale
     result = _activate(result, ACTIVATION)
     stored = inside[:, None] & live[None, :]
     row = rows.to(tl.int64)[None, :]
@@ -114,7 +115,7 @@ def _finish(
         low = (tl.where(out_zero == 0, -127, -128) if SIGNED else 0) - out_zero
         high = (127 if SIGNED else 255) - out_zero
         whole = _clamp(result * tl.div_rn(1.0, out_scale), low - 1.0, high + 1.0)
-        whole = _clamp(_nearest(whole), low.to(tl.float32), high.to(tl.float32))
+        whole = _clamp(nearest(whole), low.to(tl.float32), high.to(tl.float32))
         tl.store(
             y + row * y_stride + columns[:, None], (whole.to(tl.int32) + out_zero).to(y.dtype.element_ty), mask=stored
         )

@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from .row_grid import nearest, own_zero, row_step
 from .table import Entry
 
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -46,12 +47,6 @@ TABLES = 3
 
 
 @triton.jit
-def _nearest(x):
-    # To even, for |x| below 2^22.
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
 def _codes(
     x, inside, there, codes, scale, zero, row, code_stride, lane, step, static_zero, OWN: tl.constexpr,
     STATIC: tl.constexpr,
@@ -61,19 +56,12 @@ def _codes(
     bad = tl.max(tl.where(fine, 0, 1), 0) > 0
     x = tl.where(fine, x, 0.0)
     lowest, highest = tl.minimum(tl.min(x, 0), 0.0), tl.maximum(tl.max(x, 0), 0.0)
-    if STATIC:
-        size = step
-    elif OWN:
-        size = highest * (1 / 255) - lowest * (1 / 255)
-    else:
-        size = tl.maximum(-lowest, highest) * (1 / 127)
-    # Zeros, or a range below the normal numbers.
-    size = tl.where(size < 1.1754943508222875e-38, 1.0, size)
+    size = row_step(lowest, highest, step, OWN, STATIC)
     inverse = tl.div_rn(1.0, size)
     offset = 0.0
     least, most = -127.0, 127.0
     if OWN:
-        offset = tl.minimum(_nearest(-lowest * inverse), 255.0) - 128.0
+        offset = own_zero(lowest, inverse)
     elif zero is not None:
         offset = static_zero.to(tl.float32)
     if zero is not None:
@@ -82,7 +70,7 @@ def _codes(
     tl.store(scale + row, tl.where(there, tl.where(bad, float("nan"), size), 1.0))
     # Clamped first: what is larger would wrap.
     a = tl.minimum(tl.maximum(tl.where(bad, 0.0, x) * inverse, least - 1.0), most + 1.0)
-    a = tl.minimum(tl.maximum(_nearest(a), least), most) + offset
+    a = tl.minimum(tl.maximum(nearest(a), least), most) + offset
     tl.store(codes + row.to(tl.int64) * code_stride + lane, tl.where(there, a, 0.0).to(tl.int8), mask=inside)
 
 

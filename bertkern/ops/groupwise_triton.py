@@ -26,6 +26,7 @@ from .. import _gradients, _triton
 from . import linear_providers as providers
 from .block_sparse import FLOATS, _expect, _tensor_cores
 from .groupwise_planes import GroupwisePlanes, part_bytes, plane_codes, strip_count
+from .rowwise_triton import _quantize
 
 OP = "groupwise_linear_cuda"
 
@@ -146,22 +147,10 @@ def _dense(call: _Call) -> Tensor:
 
 
 def _rounded(x: Tensor, step: float, zero_point: int) -> Tensor:
-    """x fp32 as its int8 codes stand for it; rows that are not finite become NaN."""
-    low, high = x.amin(-1, True).clamp(max=0), x.amax(-1, True).clamp(min=0)
-    own = step == 0 and zero_point == 0
-    if step:
-        size = torch.full_like(low, step)
-    elif own:
-        size = high * (1 / 255) - low * (1 / 255)
-    else:
-        size = torch.maximum(-low, high) * (1 / 127)
-    size = torch.where(size < torch.finfo(torch.float32).tiny, 1.0, size)
-    inverse = 1 / size
-    zero = (-low * inverse).round().clamp(max=255) if own else torch.full_like(low, zero_point or 128)
-    symmetric = not own and zero_point in (0, 128)
-    least, most = (-127.0, 127.0) if symmetric else (-zero, 255 - zero)
-    codes = torch.maximum(torch.minimum((x * inverse).round(), torch.as_tensor(most)), torch.as_tensor(least))
-    return torch.where(x.isfinite().all(-1, True), codes * size, torch.nan)
+    """x as its int8 codes stand for it; rows that are not finite become NaN."""
+    codes, size, zero = _quantize(x, None, step, zero_point)
+    shape = (*x.shape[:-1], 1)
+    return (codes.float() - (zero.view(shape) if zero.numel() else 0)) * size.view(shape)
 
 
 def _plain(x: Tensor, call: _Call) -> Tensor:

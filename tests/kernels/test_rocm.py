@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 from .found import kernels
 
-TABLES = ("block_sparse", "attention", "groupwise")
+TABLES = ("block_sparse", "attention", "groupwise", "int8_gemm", "rowwise")
 
 
 def test_compiled_for_gfx942(tmp_path):
