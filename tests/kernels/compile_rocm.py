@@ -20,7 +20,10 @@ TARGET = GPUTarget("hip", "gfx942", 64)
 
 
 def chosen(table):
-    """Of each function and type of operands the first entry; float8 of NVIDIA's kind, not known to sm_80, is not AMD's."""
+    """Of each function and type of operands the first entry.
+
+    Those that sm_80 does not know multiply float8 of NVIDIA's kind, which AMD's card has not either.
+    """
     found = {}
     for entry in (entry for entry in table if 80 in entry.opcodes):
         kinds = tuple(entry.signature.get(name) for name in ("x", "q", "dy"))
