@@ -18,10 +18,17 @@ from . import _cuda, _gradients, _lib, _mobilebert  # noqa: F401  (register grad
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "silu": 5}
 
 
+# Features of int8 weights that list the dwords of K together, by `cpu_isa` (csrc/cpu/gemm/gemm.h): AVX2, AVX-512 F.
+_ORDERED = {1: 8, 2: 16}
+
+
 def _packed_size(n: int, k: int, kind: str) -> int:
     rows = (n + 31) // 32 * 32
     per_dword = {"s8": 4, "bf16": 2, "f32": 1}[kind]
-    return 64 + rows * ((k + per_dword - 1) // per_dword) * 4 + (4 if kind == "s8" else 1) * rows * 4
+    dwords = (k + per_dword - 1) // per_dword
+    size = 64 + rows * dwords * 4 + (4 if kind == "s8" else 1) * rows * 4
+    features = _ORDERED.get(torch.ops.bertkern.cpu_isa(), 0) if kind == "s8" else 0
+    return size + (rows // features * (dwords * 2 + 4) if features else 0)
 
 
 def _shapes(name: str) -> Callable[[Callable[..., Any]], None]:

@@ -1,6 +1,7 @@
 """The operator tests again under each instruction set that this machine has, and equal integers on all of them."""
 
 import pytest
+import torch
 
 from bertkern import ops
 
@@ -20,6 +21,13 @@ for m, k, n in ((1, 5, 3), (17, 768, 65), (29, 833, 96), (14, 3072, 32)):
     packed = ops.pack_qlinear(weight, torch.ones(1))
     digest.update(ops.qgemm(codes, torch.ones(1), 77, packed, n).numpy().tobytes())
     digest.update(ops.qgemm((codes.int() - 128).to(torch.int8), torch.ones(1), 0, packed, n).numpy().tobytes())
+    # Where bytes are multiplied in 16 bits: sums at the bounds of four products, of two, beyond them, and all at once.
+    for largest in (32, 33, 64, 65, 100):
+        weight = torch.randint(-largest, largest + 1, (n, k), generator=generator, dtype=torch.int8)
+        weight[1], weight[2] = largest, -largest
+        digest.update(ops.qgemm(codes, torch.ones(1), 77, ops.pack_qlinear(weight, torch.ones(1)), n).numpy().tobytes())
+    weight = (torch.randn(n, k, generator=generator) * 38).round().clamp(-127, 127).to(torch.int8)
+    digest.update(ops.qgemm(codes, torch.ones(1), 77, ops.pack_qlinear(weight, torch.ones(1)), n).numpy().tobytes())
     for block, form in (((1, 1), "tokens"), ((2, 4), "tokens"), ((4, 1), "tokens"), ((16, 4), "panels")):
         kept = torch.rand(-(-n // block[0]), -(-k // block[1]), generator=generator) < 0.4
         mask = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:n, :k]
@@ -49,3 +57,23 @@ def test_integers_are_equal_on_all(run_python):
         assert result.returncode == 0, result.stderr[-2000:]
         digests[isa] = result.stdout.strip()
     assert len(set(digests.values())) == 1, digests
+
+
+PACK = """
+import sys, torch
+from bertkern import ops
+weight = (torch.randn(70, 203, generator=torch.Generator().manual_seed(0)) * 38).round().clamp(-127, 127).to(torch.int8)
+torch.save((weight, ops.pack_qlinear(weight, torch.rand(70, generator=torch.Generator().manual_seed(1)))), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_weights_packed_for_another_one(isa, run_python, tmp_path):
+    result = run_python(["-c", PACK, str(tmp_path / "packed.pt")], BERTKERN_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr[-2000:]
+    weight, packed = torch.load(tmp_path / "packed.pt", weights_only=True)
+    codes, scale, _ = ops.unpack_linear(packed)
+    assert torch.equal(codes, weight)
+    x = torch.randint(0, 256, (9, 203), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    here = ops.pack_qlinear(weight, scale)
+    assert torch.equal(ops.qgemm(x, torch.ones(1), 7, packed, 70), ops.qgemm(x, torch.ones(1), 7, here, 70))

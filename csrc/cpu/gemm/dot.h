@@ -8,7 +8,7 @@
 // Lanes are features, or rows of X:
 //
 //   Vec load(const uint32_t*)    kWidth weight dwords
-//   Act broadcast(const uint32_t* a, int64_t plane)  one activation dword, of kPlanes planes
+//   Act broadcast(const uint32_t* a, int64_t plane)  one activation dword, of kPlanes planes side by side
 //   Act rows(const uint32_t* a, int64_t plane)       the dwords of kWidth rows
 //   Vec splat(uint32_t)          one weight dword
 //
@@ -16,6 +16,11 @@
 //
 //   Vec weights(vi)              weight dwords that are in a register
 //   Acc add(Acc, Acc), spread(int32_t), times(Acc, int32_t)
+//
+// Where weights are ordered (kOrdered):
+//
+//   void step_pair(Acc&, vi x, vi w)                 one dword; 2 products fit 16 bits
+//   void step_four(Acc&, vi x, vi w, vi x2, vi w2)   two dwords; 4 products do
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -29,6 +34,7 @@ struct Dot_f32 {
   using Vec = vf;
   using Act = vf;
   static constexpr bool kInteger = false;
+  static constexpr bool kOrdered = false;
   static constexpr int kPlanes = 1;
   BK_INLINE Acc init(const void* p) { return vload(static_cast<const float*>(p)); }
   BK_INLINE Vec load(const uint32_t* b) { return as_float(vloadi(reinterpret_cast<const int32_t*>(b))); }
@@ -55,7 +61,7 @@ struct Dot_bf16 : Dot_f32 {  // the low half of a dword is the earlier k
 };
 
 #if defined(__AVX2__)
-// vpmaddwd on 16-bit halves: exact, where vpmaddubsw would saturate.
+// vpmaddubsw where its sums fit 16 bits, else vpmaddwd on bytes that are widened.
 struct Dot_madd {
   using Acc = vi;
   struct Vec {
@@ -63,6 +69,7 @@ struct Dot_madd {
   };
   using Act = Vec;
   static constexpr bool kInteger = true;
+  static constexpr bool kOrdered = true;
   static constexpr int kPlanes = 2;
   BK_INLINE Acc init(const void* p) { return vloadi(static_cast<const int32_t*>(p)); }
   BK_INLINE Vec split(vi w) { return {vshift_right16(vshift_left16(w, 8), 8), vshift_right16(w, 8)}; }
@@ -80,6 +87,10 @@ struct Dot_madd {
   BK_INLINE Acc times(Acc a, int32_t x) { return vmuli(a, vseti(x)); }
   BK_INLINE void step(Acc& acc, const Act& x, const Vec& w) {
     acc = vaddi(acc, vaddi(vmadd16(x.even, w.even), vmadd16(x.odd, w.odd)));
+  }
+  BK_INLINE void step_pair(Acc& acc, vi x, vi w) { acc = vaddi(acc, vsum16(vmadd8(x, w))); }
+  BK_INLINE void step_four(Acc& acc, vi x, vi w, vi x2, vi w2) {
+    acc = vaddi(acc, vsum16(vadd16(vmadd8(x, w), vmadd8(x2, w2))));
   }
   BK_INLINE vf value(Acc acc) { return to_float(acc); }
 };

@@ -12,6 +12,7 @@ struct Dot_vnni {
   using Vec = Acc;
   using Act = Acc;
   static constexpr bool kInteger = true;
+  static constexpr bool kOrdered = false;
   static constexpr int kPlanes = 1;
   BK_INLINE Acc init(const void* p) { return (Acc)_mm512_loadu_si512(p); }
   BK_INLINE Vec load(const uint32_t* b) { return (Vec)_mm512_loadu_si512(b); }

@@ -8,9 +8,10 @@
 //   f32    1 value                acc(fp32)  += 1 product
 //
 //   W packed: panels of kPanel = 32 output features; a panel is [KD][32] dwords, KD = ceil(K / values per dword).
-//             K and N tails are zeros.
+//             K and N tails are zeros. (s8 is ordered where there is no dot product of bytes, see below.)
 //   X packed: tiles of up to max_mr rows; a tile of mr rows is [KD][mr] dwords. Where 16-bit products do the work
-//             (planes = 2) it is [KD][2][mr]: bytes 0 and 2 of each dword as 16-bit numbers, then bytes 1 and 3.
+//             it is [KD][2][mr], bytes 0 and 2 of each dword as 16-bit numbers, then bytes 1 and 3; and once more
+//             [KD][mr] dwords for those that are ordered (below).
 //   A tile kernel computes the sums of mr rows and 32 features and, for s8, makes floats of them: TileOutput.
 //
 // Activations are unsigned codes u with a zero point z, weights signed: sum (u - z) w = sum u w - z sum w. The second
@@ -18,6 +19,17 @@
 //
 // Every output is summed along K in one accumulator, in an order that the packed weights fix, in every tile of one
 // kernel: a row's result does not depend on the rows beside it. (int32 sums are exact, hence equal on all ISAs.)
+//
+// Where there is no dot product of bytes (AVX2, AVX-512 F), vpmaddubsw adds two products u8 x s8 in 16 bits, and
+// saturates beyond them. Weights bound these sums, whatever the activations: P of them positive and Q negative ones
+// give 255 Q to 255 P, which 16 bits hold up to P, -Q = kOrderBound. Hence `ordered` features together list the dwords
+// of K, in three parts, each ascending:
+//
+//   fours   two dwords at a time: 4 products (of both dwords' lower halves, and upper ones) stay in bounds
+//   pairs   one dword: 2 products do
+//   rest    bytes are widened, and products added in 32 bits
+//
+// Their weights lie in the order of the lists: panel [32 / ordered][KD][ordered].
 //
 // Sparse weights list the dwords of K at which they are not zero, and nothing else is stored or read:
 //
@@ -74,7 +86,23 @@ struct TileOutput {
   int64_t ahead_step;
 };
 
+constexpr int32_t kOrderBound = 128;
+constexpr int64_t kMostOrdered = 8192;  // dwords of K: sums of more could overflow int32 in any case
+constexpr int64_t kMostLists = 4;
+struct OrderCounts {
+  uint16_t fours, pairs;  // dwords in these parts; fours is even
+};
+struct PanelOrder {
+  const uint16_t* index;             // [32 / ordered][KD]
+  int64_t next_index, next_weights;  // from a list to the next
+  int64_t step;                      // dwords of weights from an entry to the next
+  OrderCounts counts[kMostLists];    // [32 / ordered]
+};
+
 using TileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const TileOutput& output);
+
+using OrderedTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const PanelOrder& order,
+                               const TileOutput& output);
 
 struct SparsePanel {
   const uint32_t* index;    // [both + half[0] + half[1]], ascending within each of the three
@@ -138,12 +166,15 @@ constexpr int kGroupRows = 6;       // at most, of a group tile
 
 struct TileKernels {
   int max_mr;
-  int planes;
+  int planes;                              // of X, in all
   TileFn tile[kMaxRows + 1];               // by mr; [0] is null
   SparseTileFn sparse_tile[kMaxRows + 1];  // by mr; [0] is null
   TokensFn tokens[3];                      // R = 1, 2, 4
   FinishTokensFn finish_tokens;
-  int group_mr;  // s8 alone has these
+  int ordered;  // features that share a list of dwords; 0: this kernel takes none
+  int ordered_mr;
+  OrderedTileFn ordered_tile[kMaxRows + 1];  // by mr; [0] is null
+  int group_mr;                              // s8 alone has these
   GroupTileFn group_tile[kGroupRows + 1];
   DecodeFn decode;
   DequantizeFn dequantize;

@@ -169,7 +169,7 @@ bool view_groupwise(const void* data, int64_t bytes, const LinearHeader& h, Line
   if (h.features < 0 || h.features > 3 || (!along_k && groups != 1) || groups > h.k + 1 || bytes != packed_bytes(h))
     return false;
   const char* at = static_cast<const char*>(data) + sizeof h;
-  linear.kind = static_cast<WeightKind>(h.kind), linear.layout = Layout::grouped, linear.features = 0;
+  linear.kind = static_cast<WeightKind>(h.kind), linear.layout = Layout::grouped, linear.features = linear.ordered = 0;
   linear.n = h.n, linear.k = h.k, linear.panels = panels;
   linear.weights = reinterpret_cast<const uint32_t*>(at);
   at += h.weight_dwords * 4;

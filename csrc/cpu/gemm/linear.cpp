@@ -11,8 +11,8 @@ namespace bertkern::cpu {
 namespace {
 
 constexpr int64_t kLeastRows = 6;  // of a group that is one of several for a reason: fewer leave the dot products idle
-constexpr int64_t kFetchingGroups = 5;  // more take so long over a panel that the processor's own fetching suffices
-constexpr int64_t kSplitRows = 6;  // measured: fewer rows wait for memory in any case
+constexpr int64_t kFetchingRows = 70;  // more take so long over a panel that the processor's own fetching suffices
+constexpr int64_t kSplitRows = 6;      // measured: fewer rows wait for memory in any case
 
 bool sums_of_rows(const Linear& linear) { return linear.layout == Layout::grouped && linear.kind == WeightKind::s8; }
 
@@ -23,11 +23,15 @@ bool own_ranges(const Linear& linear) {
 
 bool scaled_along_k(const Linear& linear) { return sums_of_rows(linear) && linear.along_k; }
 
+int64_t group_pitch(const Linear& linear) {
+  return linear.layout != Layout::tokens && tile_kernels(linear.kind).ordered_mr == kNarrowPitch ? kNarrowPitch
+                                                                                                 : kGroupPitch;
+}
 // Wide tiles take a group each; narrow ones share a group.
 int64_t group_rows(const Linear& linear) {
   const TileKernels& tiles = tile_kernels(linear.kind);
   const int max_mr = scaled_along_k(linear) ? 2 * tiles.group_mr : tiles.max_mr;
-  return max_mr > 8 && linear.layout != Layout::tokens ? max_mr : kGroupPitch;
+  return max_mr > 8 && linear.layout != Layout::tokens ? max_mr : group_pitch(linear);
 }
 
 // Two groups at least: while one passes over a panel, the other fetches the next (see gemm).
@@ -36,7 +40,7 @@ int64_t group_count(const Linear& linear, int64_t rows, int64_t multiple) {
   if (linear.layout == Layout::tokens) return groups;  // an idle lane costs as much as a busy one
   if (groups == 1 && rows >= kSplitRows) groups = 2;
   const auto round_up = [&](int64_t count) { return (count + multiple - 1) / multiple * multiple; };
-  const int64_t rounded = round_up(groups), whole = round_up((rows + kGroupPitch - 1) / kGroupPitch);
+  const int64_t rounded = round_up(groups), whole = round_up((rows + group_pitch(linear) - 1) / group_pitch(linear));
   // As many tiles in half as many groups, each transposed at once.
   if (whole > 1 && 2 * whole == rounded) return whole;
   return rounded * kLeastRows <= rows ? rounded : groups;
@@ -55,7 +59,7 @@ bool same_groups(const Linear& a, const Linear& b) {
 }
 
 int64_t operand_dwords(const Linear& linear, int64_t groups) {
-  return groups * (linear.kd * tile_kernels(linear.kind).planes * kGroupPitch + kGroupPad) + 64;
+  return groups * (linear.kd * tile_kernels(linear.kind).planes * group_pitch(linear) + kGroupPad) + 64;
 }
 
 }  // namespace
@@ -74,7 +78,7 @@ int64_t rows_dwords(const Linear& linear, int64_t rows, int64_t multiple) {
 
 Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale, int64_t multiple) {
   const int64_t groups = group_count(linear, rows, multiple);
-  const int64_t pitch = rows == groups && linear.layout != Layout::tokens ? 1 : kGroupPitch;
+  const int64_t pitch = rows == groups && linear.layout != Layout::tokens ? 1 : group_pitch(linear);
   uint32_t* const after = data + operand_dwords(linear, groups);
   int32_t* zeros = own_ranges(linear) ? reinterpret_cast<int32_t*>(after) : nullptr;
   float* sum = sums_of_rows(linear) ? reinterpret_cast<float*>(after + (zeros ? rows : 0)) : nullptr;
@@ -98,11 +102,12 @@ void pack_rows(const Rows& rows, int64_t group, Convert&& convert) {
       to[2 * d] = narrow[d] & 0x00ff00ffu;
       to[2 * d + 1] = narrow[d] >> 8 & 0x00ff00ffu;
     }
+    std::memcpy(to + 2 * kd, narrow, static_cast<size_t>(kd) * 4);
   };
   if (rows.pitch == 1) return row(r0, out);
   for (int64_t r = 0; r < mr; ++r) row(r0 + r, stage + r * pitch);
-  row_kernels().transpose(reinterpret_cast<float*>(stage), pitch, kGroupPitch, kd * rows.planes,
-                          reinterpret_cast<float*>(out), kGroupPitch);
+  row_kernels().transpose(reinterpret_cast<float*>(stage), pitch, rows.pitch, kd * rows.planes,
+                          reinterpret_cast<float*>(out), rows.pitch);
 }
 
 // Sums of a row's codes, and for groups along K the places that the operand has for them; `out` is the row itself where
@@ -298,12 +303,23 @@ int64_t even_part(int64_t rows, int64_t most) {
   return (rows + parts - 1) / parts;
 }
 
+thread_local Scratch restored;
+
+const uint32_t* restored_panel(const Linear& linear, int64_t panel) {
+  uint32_t* dwords = restored.get<uint32_t>(linear.kd * kPanel + 16);
+  restore_panel(linear, panel, dwords);
+  return dwords;
+}
+
 void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1,
                 const Output& output, const void* start) {
   const TileKernels& tiles = tile_kernels(linear.kind);
   const bool integer = linear.kind == WeightKind::s8, grouped = linear.layout == Layout::grouped;
   const bool dense = linear.layout == Layout::dense || grouped, along_k = scaled_along_k(linear);
-  const int64_t max_mr = along_k ? tiles.group_mr : tiles.max_mr;
+  const bool ordered =
+      tiles.ordered > 0 && !along_k && (grouped ? linear.kd <= kMostOrdered : linear.ordered == tiles.ordered);
+  const bool foreign = linear.ordered && !ordered;  // packed under another ISA
+  const int64_t max_mr = along_k ? tiles.group_mr : ordered ? tiles.ordered_mr : tiles.max_mr;
   const Sink sink(linear, output);
   Narrow narrow(linear, rows);
   alignas(64) float buffer[kMaxRows * kPanel];
@@ -322,8 +338,13 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     }
     const uint32_t* panel = straight  ? panel_weights(linear, p).data
                             : grouped ? decoded_panel(linear, p)
+                            : foreign ? restored_panel(linear, p)
                             : dense   ? linear.weights + p * linear.kd * kPanel
                                       : listed.weights;
+    const PanelOrder order =
+        !ordered  ? PanelOrder{}
+        : grouped ? order_of_bits(static_cast<int>(linear.grouped_panel[p].bits), linear.kd, tiles.ordered)
+                  : panel_order(linear, p);
     const int64_t steps = dense ? linear.kd : listed.both + listed.half[0] + listed.half[1];
     TileOutput sums{};
     sums.init = static_cast<const char*>(start) + column * 4;
@@ -337,7 +358,7 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
-    const bool few = g1 - g0 > 1 && g1 - g0 <= kFetchingGroups;
+    const bool few = g1 - g0 > 1 && rows.begin(g1) - rows.begin(g0) <= kFetchingRows;
     const int64_t share = few && steps > 0 ? next.bytes / (g1 - g0) : 0;
     const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
     if (share) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
@@ -354,6 +375,8 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
         scaled.row_sum = sums.row_sum;
         straight ? narrow.run(cut->mr, tiles, cut->a, panel, r, scaled, sums)
                  : tiles.group_tile[cut->mr](cut->a, rows.pitch, panel, scaled, sums);
+      } else if (ordered) {
+        tiles.ordered_tile[cut->mr](cut->a, rows.pitch, panel, linear.kd, order, sums);
       } else if (dense) {
         tiles.tile[cut->mr](cut->a, rows.pitch, panel, linear.kd, sums);
       } else {

@@ -1,9 +1,11 @@
 // A packed linear layer (the uint8 tensor that the operators call `packed`) and the loops over its tiles.
 //
 //   bytes 0..63   LinearHeader
-//   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h)
-//   index         sparse only: `entries` dwords of K, uint32 (panels) or uint16 (tokens), padded to 4 bytes
-//   table         sparse only: PanelEntry [panels], or uint32 [panels * 32 / R + 1] (tokens)
+//   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h), ordered: panels x 32 / ordered x KD x ordered
+//   index         `entries` dwords of K, padded to 4 bytes: uint32 (panels), uint16 (tokens), or where dense weights
+//   are
+//                 ordered (gemm.h) uint16 [panels][32 / ordered][KD]
+//   table         PanelEntry [panels], uint32 [panels * 32 / R + 1] (tokens), OrderCounts [panels][32 / ordered]
 //   init          int32 [Np]   s8 only: -zero_of_init * sum_k W[n, k], Np = N rounded up to 32
 //   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
 //   scale         fp32  [Np]   s8 only: the weight's scale
@@ -64,7 +66,7 @@ struct LinearHeader {
   float output_scale;  // 0: the output is not fake-quantized
   int32_t has_bias;
   int16_t layout;
-  int16_t features;  // R of tokens; grouped: 1 for groups along K, plus 2 where outputs are permuted; else 0
+  int16_t features;  // R of tokens; dense: `ordered`; grouped: 1 for groups along K, plus 2 where outputs are permuted
   uint32_t check;    // of the other fields: sparse tables are read by them, and no size would tell a wrong K
   int64_t entries;   // of the index
   int64_t weight_dwords;
@@ -76,6 +78,7 @@ struct Linear {
   Layout layout;
   int64_t n, k, kd, panels;
   int64_t features;  // R of tokens
+  int64_t ordered;   // features of dense weights that share a list of dwords; 0: there are none
   const uint32_t* weights;
   const void* index;
   const void* table;
@@ -108,6 +111,15 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear);
 // weight: [n, k] fp32 or bf16 as `kind` says, or int8 codes with `scale` [n] ([1] where scale_count == 1).
 void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
                  const float* bias, void* out);
+
+// Fills in features and entries of a dense layer, for the tiles of the active ISA.
+void measure_order(LinearHeader& header);
+// Orders one panel of dwords [kd][32] in place.
+void order_panel(uint32_t* panel, int64_t kd, int64_t features, uint16_t* index, OrderCounts* counts);
+PanelOrder panel_order(const Linear& linear, int64_t panel);
+void restore_panel(const Linear& linear, int64_t panel, uint32_t* dwords);  // as it was, [kd][32]
+// Of centred codes, which are below 2^(bits - 1): all dwords in one part.
+PanelOrder order_of_bits(int bits, int64_t kd, int64_t ordered);
 
 constexpr int64_t kTokenGroups = 3;  // in a pass over the weights of Layout::tokens: measured best of 1 to 8
 
@@ -154,9 +166,10 @@ void init_of(const Linear& linear, int64_t zero_point, void* out);
 // The canonical tensors again: weight [n, k] of the kind's dtype, scale [n] (s8), bias [n].
 void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias);
 
-// The left operand: rows in groups of at most `group_rows` rows; a group lies as [KD][planes][kGroupPitch] dwords and
-// is cut into tiles. Groups of one row lie as [KD][planes], unless lanes are rows.
-constexpr int64_t kGroupPitch = 16;
+// The left operand: rows in groups of at most `group_rows` rows; a group lies as [KD][planes][pitch] dwords (gemm.h; 8
+// where that is all that a tile takes, so that its lines stay in the L1) and is cut into tiles. Groups of one row lie
+// as [KD][planes], unless lanes are rows.
+constexpr int64_t kGroupPitch = 16, kNarrowPitch = 8;
 static_assert(kGroupPitch == kTokens, "one packed form for both");
 constexpr int64_t kGroupPad = 16;  // dwords after a group: groups that are read together lie in different cache sets
 

@@ -33,11 +33,9 @@ void write_header(const LinearHeader& header, void* out) {
 namespace {
 
 // Bytes of the index and of the table.
-int64_t index_bytes(const LinearHeader& h) {
-  return h.layout == 0 ? 0 : h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4;
-}
+int64_t index_bytes(const LinearHeader& h) { return h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4; }
 int64_t table_bytes(const LinearHeader& h, int64_t panels) {
-  if (h.layout == 0) return 0;
+  if (h.layout == 0) return h.features ? panels * (kPanel / h.features) * static_cast<int64_t>(sizeof(OrderCounts)) : 0;
   return h.layout == 1 ? panels * static_cast<int64_t>(sizeof(PanelEntry)) : (panels * kPanel / h.features + 1) * 4;
 }
 
@@ -63,8 +61,13 @@ namespace {
 
 // Whether the table's last numbers are the header's.
 bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
-  if (linear.layout == Layout::dense) return true;
   if (linear.panels == 0) return entries == 0 && dwords == 0;
+  if (linear.layout == Layout::dense) {
+    if (!linear.ordered) return true;
+    const OrderCounts last =
+        static_cast<const OrderCounts*>(linear.table)[linear.panels * (kPanel / linear.ordered) - 1];
+    return last.fours % 2 == 0 && last.fours + last.pairs <= linear.kd;
+  }
   if (linear.layout == Layout::panels) {
     const PanelEntry& e = static_cast<const PanelEntry*>(linear.table)[linear.panels - 1];
     const int64_t halves = int64_t{e.half[0]} + e.half[1];
@@ -91,13 +94,17 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
   const bool known =
-      header.layout == 0 ? features == 0 && entries == 0 && dwords == np * kd
+      header.layout == 0
+          ? dwords == np * kd && (features ? kind == WeightKind::s8 && (features == 8 || features == 16) &&
+                                                 kd <= kMostOrdered && entries == np / features * kd
+                                           : entries == 0)
       : header.layout == 1
           ? features == 0 && dwords >= entries * kHalfPanel && dwords <= entries * kPanel
           : header.layout == 2 && (features == 1 || features == 2 || features == 4) && dwords == entries * features;
   if (!known || (header.layout && kd > kSparseDwords) || bytes != packed_bytes(header)) return false;
   linear.kind = kind, linear.layout = static_cast<Layout>(header.layout);
-  linear.features = header.features;
+  linear.features = linear.layout == Layout::tokens ? features : 0;
+  linear.ordered = linear.layout == Layout::dense ? features : 0;
   linear.n = header.n, linear.k = header.k, linear.kd = kd, linear.panels = np / kPanel;
   linear.weights = reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + sizeof header);
   linear.index = linear.weights + header.weight_dwords;
@@ -140,6 +147,14 @@ void write_vectors(const LinearHeader& header, const int32_t* sums, const float*
 
 }  // namespace
 
+void measure_order(LinearHeader& header) {
+  const WeightKind kind = static_cast<WeightKind>(header.kind);
+  const int64_t kd = dword_count(kind, header.k), np = padded(header.n), ordered = tile_kernels(kind).ordered;
+  if (ordered == 0 || kd > kMostOrdered) return;
+  header.features = static_cast<int16_t>(ordered);
+  header.entries = np / ordered * kd;
+}
+
 void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
                  const float* bias, void* out) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
@@ -148,6 +163,8 @@ void pack_linear(const LinearHeader& header, const void* weight, const float* sc
   write_header(header, out);
   char* weights = static_cast<char*>(out) + sizeof header;
   const int64_t bytes = value_bytes(kind), per_dword = values_per_dword(kind);
+  char* const index = weights + header.weight_dwords * 4;
+  char* const table = index + index_bytes(header);
   std::vector<int32_t> sums;
   for (int64_t i = 0; i < n; ++i) {
     const char* row = static_cast<const char*>(weight) + i * k * bytes;
@@ -161,7 +178,15 @@ void pack_linear(const LinearHeader& header, const void* weight, const float* sc
       sums.push_back(sum);
     }
   }
-  write_vectors(header, sums.data(), scale, scale_count, bias, weights + header.weight_dwords * 4);
+  const int64_t panels = padded(n) / kPanel;
+  if (header.features) {
+    const int64_t lists = kPanel / header.features;
+    for (int64_t p = 0; p < panels; ++p)
+      order_panel(reinterpret_cast<uint32_t*>(weights) + p * kd * kPanel, kd, header.features,
+                  reinterpret_cast<uint16_t*>(index) + p * lists * kd,
+                  reinterpret_cast<OrderCounts*>(table) + p * lists);
+  }
+  write_vectors(header, sums.data(), scale, scale_count, bias, table + table_bytes(header, panels));
 }
 
 namespace {
@@ -325,9 +350,11 @@ namespace {
 // Calls see(feature, dword of K, weight) for every dword that is stored.
 template <class See>
 void each_dword(const Linear& linear, See&& see) {
+  std::vector<uint32_t> restored(linear.ordered ? static_cast<size_t>(linear.kd * kPanel) : 0);
   for (int64_t p = 0; p < linear.panels; ++p) {
     if (linear.layout == Layout::dense) {
       const uint32_t* weights = panel_weights(linear, p).data;
+      if (linear.ordered) restore_panel(linear, p, restored.data()), weights = restored.data();
       for (int64_t d = 0; d < linear.kd; ++d)
         for (int64_t f = 0; f < kPanel; ++f) see(p * kPanel + f, d, *weights++);
     } else if (linear.layout == Layout::panels) {

@@ -11,6 +11,7 @@ struct Dot_bytes {
   };
   using Act = Vec;
   static constexpr bool kInteger = true;
+  static constexpr bool kOrdered = false;
   static constexpr int kPlanes = 1;
   BK_INLINE Acc init(const void* p) { return vloadi(static_cast<const int32_t*>(p)); }
   BK_INLINE Vec split(vi w) { return {{(w << 24) >> 24, (w << 16) >> 24, (w << 8) >> 24, w >> 24}}; }

@@ -8,10 +8,10 @@ namespace {
 
 constexpr int kVectors = 2;
 
-template <class Dot, int MR>
-BK_INLINE void start(typename Dot::Acc (&acc)[MR][kVectors], int64_t j, const TileOutput& o) {
+template <class Dot, int MR, int V>
+BK_INLINE void start(typename Dot::Acc (&acc)[MR][V], int64_t j, const TileOutput& o) {
 #pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < V; ++v) {
     const typename Dot::Acc first =
         o.init ? Dot::init(static_cast<const char*>(o.init) + (j + v * kWidth) * 4) : typename Dot::Acc{};
     if constexpr (Dot::kInteger) {
@@ -36,10 +36,10 @@ BK_INLINE void put(vf y, int r, int64_t n, const TileOutput& o) {
 }
 
 // Vector v holds the features from j + v * kStride on.
-template <class Dot, int MR, bool kResidual, bool kBf16, int kStride>
-BK_INLINE void store(typename Dot::Acc (&acc)[MR][kVectors], int64_t j, const TileOutput& o) {
+template <class Dot, int MR, bool kResidual, bool kBf16, int kStride, int V>
+BK_INLINE void store(typename Dot::Acc (&acc)[MR][V], int64_t j, const TileOutput& o) {
 #pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < V; ++v) {
     const int64_t n = j + v * kStride;
     const vf scale = Dot::kInteger ? vload(o.weight_scale + n) : vset(0.0f);
     const vf bias = Dot::kInteger ? vload(o.bias + n) : vset(0.0f);
@@ -56,16 +56,16 @@ BK_INLINE void store(typename Dot::Acc (&acc)[MR][kVectors], int64_t j, const Ti
   }
 }
 
-template <class Dot, int MR, int kStride = kWidth>
-BK_INLINE void finish(typename Dot::Acc (&acc)[MR][kVectors], int64_t j, const TileOutput& o) {
+template <class Dot, int MR, int kStride = kWidth, int V>
+BK_INLINE void finish(typename Dot::Acc (&acc)[MR][V], int64_t j, const TileOutput& o) {
   if (o.bf16)
     o.residual ? store<Dot, MR, true, true, kStride>(acc, j, o) : store<Dot, MR, false, true, kStride>(acc, j, o);
   else
     o.residual ? store<Dot, MR, true, false, kStride>(acc, j, o) : store<Dot, MR, false, false, kStride>(acc, j, o);
 }
 
-// Where few groups of rows pass over a panel, as a step of `ahead` tells. Where many do, the last tile's output is still
-// being written when the next one begins, and lines fetched in between only hold it up.
+// Where few groups of rows pass over a panel, as a step of `ahead` tells. Where many do, the last tile's output is
+// still being written when the next one begins, and lines fetched in between only hold it up.
 template <int MR>
 BK_INLINE void fetch_output(const TileOutput& o) {
   if (o.ahead_step == 0) return;

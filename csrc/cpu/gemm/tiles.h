@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/gemm/group_tile.h"
+#include "cpu/gemm/ordered_tile.h"
 #include "cpu/gemm/sparse_tile.h"
 #include "cpu/gemm/tile.h"
 
@@ -18,6 +19,23 @@ struct FillTiles {
 };
 template <class Dot>
 struct FillTiles<Dot, 0> {
+  static constexpr void run(TileKernels&) {}
+};
+
+template <class Dot, int MR, bool kOrderedDot>
+struct FillOrdered {
+  static constexpr void run(TileKernels& kernels) {
+    FillOrdered<Dot, MR - 1, kOrderedDot>::run(kernels);
+    kernels.ordered = kWidth, kernels.ordered_mr = kOrderedRows;
+    kernels.ordered_tile[MR] = &ordered_tile<Dot, MR>;
+  }
+};
+template <class Dot>
+struct FillOrdered<Dot, 0, true> {
+  static constexpr void run(TileKernels&) {}
+};
+template <class Dot, int MR>
+struct FillOrdered<Dot, MR, false> {
   static constexpr void run(TileKernels&) {}
 };
 
@@ -65,8 +83,11 @@ struct FillGroups<Dot, false> {
 
 template <class Dot, int kMaxMr>
 constexpr TileKernels make_tiles() {
-  TileKernels kernels{kMaxMr, Dot::kPlanes, {}, {}, {}, &finish_tokens<Dot>, 0, {}, nullptr, nullptr, {}, {}};
+  TileKernels kernels{};
+  kernels.max_mr = kMaxMr, kernels.planes = Dot::kPlanes + Dot::kOrdered;
+  kernels.finish_tokens = &finish_tokens<Dot>;
   FillTiles<Dot, kMaxMr>::run(kernels);
+  FillOrdered<Dot, kOrderedRows, Dot::kOrdered>::run(kernels);
   FillGroups<Dot, Dot::kInteger>::run(kernels);
   kernels.tokens[0] = &tokens<Dot, 1>;
   kernels.tokens[1] = &tokens<Dot, 2>;
