@@ -1,6 +1,8 @@
 """linear, qgemm, qgemm_requantize, quantize_rows and the packed form against float64, over tails and bad input."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,3 +258,16 @@ def test_opcheck():
     torch.library.opcheck(op.quantize_rows.default, (x,))
     torch.library.opcheck(op.qgemm.default, (codes, scale, 0, packed, 7))
     torch.library.opcheck(op.qgemm_requantize.default, (codes, scale, 0, packed, 7, 1))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the system has no huge pages")
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="torch 2.10 has small pages")
+def test_packed_weights_ask_for_huge_pages():
+    packed = ops.pack_qlinear(torch.ones(64, 64, dtype=torch.int8), torch.ones(1))
+    flags = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= packed.data_ptr() < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()
+    assert "hg" in flags

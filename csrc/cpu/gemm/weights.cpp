@@ -6,11 +6,16 @@
 #include <mutex>
 #include <new>
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
-
 #include "cpu/pages.h"
+
+// A tensor over memory that someone else frees. torch 2.11 brought it, after the version that is compiled against: a
+// weak symbol is null where torch lacks it. (dlsym among the global symbols does not find it: Python loads torch's
+// libraries as local ones.)
+#if defined(__linux__)
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void*, int64_t, const int64_t*, const int64_t*, int64_t,
+                                                                int32_t, int32_t, int32_t, AtenTensorHandle*, int32_t,
+                                                                const uint8_t*, int64_t, void (*)(void*, void*), void*);
+#endif
 
 namespace bertkern::ops {
 
@@ -31,19 +36,6 @@ struct Chunk {
 
 using Hold = std::shared_ptr<Chunk>;
 
-// A tensor over memory that someone else frees. torch 2.11 brought it, after the version that is compiled against.
-using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
-                                    AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
-
-FromBlob from_blob() {
-#if defined(__linux__)
-  static const FromBlob found = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
-  return found;
-#else
-  return nullptr;
-#endif
-}
-
 // Of the chunk that is being filled, or of one of its own where the bytes fill that.
 char* take(size_t bytes, Hold& hold) {
   static std::mutex mutex;
@@ -63,21 +55,24 @@ char* take(size_t bytes, Hold& hold) {
 }  // namespace
 
 Tensor empty_weights(int64_t bytes) {
-  const FromBlob make = from_blob();
-  if (!make || bytes <= 0) return empty({bytes}, ScalarType::Byte);
+#if defined(__linux__)
+  if (!torch_from_blob || bytes <= 0) return empty({bytes}, ScalarType::Byte);
   Hold hold;
   char* data = take(static_cast<size_t>(bytes), hold);
   Hold* context = new Hold(std::move(hold));
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError error = make(
-      data, 1, &bytes, &stride, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &handle,
+  const AOTITorchError error = torch_from_blob(
+      data, 1, &bytes, &stride, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), -1, &handle,
       aoti_torch_layout_strided(), nullptr, 0, [](void*, void* held) { delete static_cast<Hold*>(held); }, context);
   if (error) {
     delete context;
     return empty({bytes}, ScalarType::Byte);
   }
   return Tensor(handle);
+#else
+  return empty({bytes}, ScalarType::Byte);
+#endif
 }
 
 }  // namespace bertkern::ops
