@@ -387,33 +387,45 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
   }
 }
 
+thread_local Scratch token_sums;
+
 void gemm_tokens(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1,
                  const Output& output, const void* start) {
+  static constexpr int32_t kNothing[kPanel] = {};
   const TileKernels& tiles = tile_kernels(linear.kind);
   const Sink sink(linear, output);
   const auto run = tiles.tokens[linear.features / 2];
-  alignas(64) uint32_t sums[kPanel * kTokenGroups * kTokens];
+  const int64_t blocks = token_panel(linear, 0).blocks;
+  const int64_t panels_at_once = blocks > 1 ? kTokenPanels : 1;
+  uint32_t* const sums = token_sums.get<uint32_t>(panels_at_once * kPanel * kTokenGroups * kTokens);
   alignas(64) float buffer[kTokens * kPanel];
   for (int64_t g = g0; g < g1; g += kTokenGroups) {
     const int64_t groups = std::min(kTokenGroups, g1 - g), pitch = groups * kTokens;
-    for (int64_t p = p0; p < p1; ++p) {
-      const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
-      const bool direct = sink.in_tile() && columns == kPanel && !output.residual && output.dtype == Dtype::f32;
-      const void* init = static_cast<const char*>(start) + column * 4;
-      // Lanes are rows: where these have zero points of their own, the finish takes them away.
-      static constexpr int32_t kNothing[kPanel] = {};
-      run(rows.group_data(g), rows.group_dwords(), groups, token_panel(linear, p), rows.zeros ? kNothing : init, sums,
-          pitch);
-      for (int64_t i = 0; i < groups; ++i) {
-        const int64_t r = rows.begin(g + i), mr = rows.begin(g + i + 1) - r;
-        TileOutput tile{};
-        if (rows.scale) tile.row_scale = rows.scale + r, tile.weight_scale = linear.scale + column;
-        if (rows.zeros) tile.row_zero = rows.zeros + r, tile.init = init;
-        tile.bias = linear.bias + column;
-        tile.out = direct ? sink.row(r, column) : buffer;
-        tile.pitch = direct ? output.out_pitch : kPanel;
-        tiles.finish_tokens(sums + i * kTokens, pitch, mr, tile);
-        if (!direct) sink.write(buffer, r, mr, column, columns);
+    for (int64_t first = p0; first < p1; first += panels_at_once) {
+      const int64_t last = std::min(first + panels_at_once, p1);
+      const auto init = [&](int64_t p) { return static_cast<const char*>(start) + p * kPanel * 4; };
+      const auto panel_sums = [&](int64_t p) { return sums + (p - first) * kPanel * pitch; };
+      for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t p = first; p < last; ++p) {
+          // Lanes are rows: where these have zero points of their own, the finish takes them away.
+          const void* begin = block > 0 ? nullptr : rows.zeros ? static_cast<const void*>(kNothing) : init(p);
+          run(rows.group_data(g), rows.group_dwords(), groups, token_panel(linear, p), block, begin, panel_sums(p),
+              pitch);
+        }
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
+        const bool direct = sink.in_tile() && columns == kPanel && !output.residual && output.dtype == Dtype::f32;
+        for (int64_t i = 0; i < groups; ++i) {
+          const int64_t r = rows.begin(g + i), mr = rows.begin(g + i + 1) - r;
+          TileOutput tile{};
+          if (rows.scale) tile.row_scale = rows.scale + r, tile.weight_scale = linear.scale + column;
+          if (rows.zeros) tile.row_zero = rows.zeros + r, tile.init = init(p);
+          tile.bias = linear.bias + column;
+          tile.out = direct ? sink.row(r, column) : buffer;
+          tile.pitch = direct ? output.out_pitch : kPanel;
+          tiles.finish_tokens(panel_sums(p) + i * kTokens, pitch, mr, tile);
+          if (!direct) sink.write(buffer, r, mr, column, columns);
+        }
       }
     }
   }

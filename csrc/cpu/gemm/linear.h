@@ -5,11 +5,9 @@
 //   index         `entries` dwords of K, padded to 4 bytes: uint32 (panels), uint16 (tokens), or where dense weights
 //   are
 //                 ordered (gemm.h) uint16 [panels][32 / ordered][KD]
-//   table         PanelEntry [panels], uint32 [panels * 32 / R + 1] (tokens), OrderCounts [panels][32 / ordered]
-//   init          int32 [Np]   s8 only: -zero_of_init * sum_k W[n, k], Np = N rounded up to 32
-//   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
-//   scale         fp32  [Np]   s8 only: the weight's scale
-//   bias          fp32  [Np]
+//   table         PanelEntry [panels], uint32 [panels * 32 / R * blocks + 1] (tokens), OrderCounts [panels][32 /
+//   ordered] init          int32 [Np]   s8 only: -zero_of_init * sum_k W[n, k], Np = N rounded up to 32 column_sum
+//   int32 [Np]   s8 only: sum_k W[n, k] scale         fp32  [Np]   s8 only: the weight's scale bias          fp32  [Np]
 //
 // Group-wise weights (Layout::grouped), whose kind is that of the activations:
 //
@@ -121,7 +119,9 @@ void restore_panel(const Linear& linear, int64_t panel, uint32_t* dwords);  // a
 // Of centred codes, which are below 2^(bits - 1): all dwords in one part.
 PanelOrder order_of_bits(int bits, int64_t kd, int64_t ordered);
 
-constexpr int64_t kTokenGroups = 3;  // in a pass over the weights of Layout::tokens: measured best of 1 to 8
+// At once over the weights of Layout::tokens; measured: groups of rows, and where K has several blocks so many panels
+// that the rows' way into the L1 is worth it.
+constexpr int64_t kTokenGroups = 3, kTokenPanels = 8;
 
 // Sparse weights, from stored blocks of `rows` x `columns` values (or codes): block row i of W holds the blocks
 // [crow[i], crow[i + 1]), at block columns col[...]. What lies outside [n, k] is left out.

@@ -32,11 +32,16 @@ void write_header(const LinearHeader& header, void* out) {
 
 namespace {
 
+int64_t token_blocks(const LinearHeader& h) {
+  const int64_t kd = dword_count(static_cast<WeightKind>(h.kind), h.k);
+  return std::max<int64_t>(1, (kd + kTokenBlock - 1) / kTokenBlock);
+}
 // Bytes of the index and of the table.
 int64_t index_bytes(const LinearHeader& h) { return h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4; }
 int64_t table_bytes(const LinearHeader& h, int64_t panels) {
   if (h.layout == 0) return h.features ? panels * (kPanel / h.features) * static_cast<int64_t>(sizeof(OrderCounts)) : 0;
-  return h.layout == 1 ? panels * static_cast<int64_t>(sizeof(PanelEntry)) : (panels * kPanel / h.features + 1) * 4;
+  return h.layout == 1 ? panels * static_cast<int64_t>(sizeof(PanelEntry))
+                       : (panels * kPanel / h.features * token_blocks(h) + 1) * 4;
 }
 
 }  // namespace
@@ -74,7 +79,7 @@ bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
     return int64_t{e.index} + e.both + halves == entries &&
            (int64_t{e.weights} + 2 * int64_t{e.both} + halves) * kHalfPanel == dwords;
   }
-  return static_cast<const uint32_t*>(linear.table)[linear.panels * kPanel / linear.features] == entries;
+  return *token_panel(linear, linear.panels).begin == entries;
 }
 
 }  // namespace
@@ -296,9 +301,10 @@ void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* 
           ++*counts[which];
         }
     } else {
-      uint32_t* end = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features);
+      uint32_t* end = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features) * token_blocks(header);
       for (int64_t f = 0; f < kPanel; f += header.features) {
         for (int64_t d = 0; d < kd; ++d) {
+          if (d > 0 && d % kTokenBlock == 0) *++end = static_cast<uint32_t>(entry);
           if (!panel.any(d, f, header.features)) continue;
           copy(d, f, header.features);
           reinterpret_cast<uint16_t*>(index)[entry++] = static_cast<uint16_t>(d);
@@ -322,7 +328,9 @@ SparsePanel sparse_panel(const Linear& linear, int64_t panel) {
 
 TokenPanel token_panel(const Linear& linear, int64_t panel) {
   const uint32_t* table = static_cast<const uint32_t*>(linear.table);
-  return {table + panel * (kPanel / linear.features), static_cast<const uint16_t*>(linear.index), linear.weights};
+  const int64_t blocks = std::max<int64_t>(1, (linear.kd + kTokenBlock - 1) / kTokenBlock);
+  return {table + panel * (kPanel / linear.features) * blocks, blocks, static_cast<const uint16_t*>(linear.index),
+          linear.weights};
 }
 
 Piece panel_weights(const Linear& linear, int64_t panel) {
@@ -337,7 +345,7 @@ Piece panel_weights(const Linear& linear, int64_t panel) {
     }
     case Layout::tokens: {
       const TokenPanel b = token_panel(linear, panel);
-      const int64_t first = b.begin[0], last = b.begin[kPanel / linear.features];
+      const int64_t first = b.begin[0], last = b.begin[kPanel / linear.features * b.blocks];
       return {b.weights + first * linear.features, (last - first) * linear.features * 4};
     }
     default:
@@ -368,8 +376,8 @@ void each_dword(const Linear& linear, See&& see) {
     } else {
       const TokenPanel b = token_panel(linear, p);
       for (int64_t f = 0; f < kPanel; f += linear.features) {
-        const uint32_t* begin = b.begin + f / linear.features;
-        for (int64_t e = begin[0]; e < begin[1]; ++e)
+        const uint32_t* begin = b.begin + f / linear.features * b.blocks;
+        for (int64_t e = begin[0]; e < begin[b.blocks]; ++e)
           for (int64_t r = 0; r < linear.features; ++r)
             see(p * kPanel + f + r, b.index[e], b.weights[e * linear.features + r]);
       }

@@ -53,9 +53,14 @@ void sparse_tile(const uint32_t* a, int64_t lda, const SparsePanel& b, const Til
 constexpr int kTokenAccumulators = kWidth == 16 ? 16 : 8;
 
 template <class Dot, int R, int V>
-BK_INLINE void start_tokens(typename Dot::Acc (&acc)[R][V], const uint32_t* init) {
+BK_INLINE void start_tokens(typename Dot::Acc (&acc)[R][V], const uint32_t* init, const uint32_t* sums, int64_t pitch) {
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
+    if (!init) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] = Dot::init(sums + r * pitch + v * kWidth);
+      continue;
+    }
     const uint32_t x = init[r];
     const uint32_t lanes[16] = {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
     const typename Dot::Acc first = Dot::init(lanes);
@@ -110,48 +115,49 @@ struct TokenList {
 
 // All features of a panel for V vectors of rows from vector v0 on.
 template <class Dot, int R, int V>
-void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const TokenPanel& b, const uint32_t* init,
-                 uint32_t* sums, int64_t pitch) {
+void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const TokenPanel& b, int64_t block,
+                 const uint32_t* init, uint32_t* sums, int64_t pitch) {
   constexpr int kVectorsOfGroup = kTokens / kWidth;
   const uint32_t* rows[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v)
     rows[v] = a + (v0 + v) / kVectorsOfGroup * group_dwords + (v0 + v) % kVectorsOfGroup * kWidth;
   const auto list = [&](int64_t n) {
-    const int64_t e = b.begin[n / R];
-    return TokenList{b.index + e, b.weights + e * R, b.begin[n / R + 1] - e};
+    const uint32_t* const begin = b.begin + n / R * b.blocks + block;
+    return TokenList{b.index + begin[0], b.weights + int64_t{begin[0]} * R, int64_t{begin[1]} - begin[0]};
   };
   // Two lists at a time where one alone has too few sums under way to hide the latency of a step.
   constexpr int kLists = kWidth == 16 && R * V <= 4 ? 2 : 1;
   for (int64_t n = 0; n < kPanel; n += R * kLists) {
     const TokenList x = list(n), y = list(kLists == 2 ? n + R : n);
     typename Dot::Acc xs[R][V], ys[R][V];
-    start_tokens<Dot, R, V>(xs, init + n);
+    uint32_t *const x_sums = sums + n * pitch + v0 * kWidth, *const y_sums = x_sums + R * pitch;
+    start_tokens<Dot, R, V>(xs, init ? init + n : nullptr, x_sums, pitch);
     int64_t i = 0;
     if (kLists == 2) {
-      start_tokens<Dot, R, V>(ys, init + n + R);
+      start_tokens<Dot, R, V>(ys, init ? init + n + R : nullptr, y_sums, pitch);
       const int64_t both = x.count < y.count ? x.count : y.count;
       for (; i < both; ++i) {
         token_step<Dot, R, V>(xs, rows, x.index[i], x.weights + i * R);
         token_step<Dot, R, V>(ys, rows, y.index[i], y.weights + i * R);
       }
       for (int64_t j = i; j < y.count; ++j) token_step<Dot, R, V>(ys, rows, y.index[j], y.weights + j * R);
-      store_tokens<Dot, R, V>(ys, sums + (n + R) * pitch + v0 * kWidth, pitch);
+      store_tokens<Dot, R, V>(ys, y_sums, pitch);
     }
     for (; i < x.count; ++i) token_step<Dot, R, V>(xs, rows, x.index[i], x.weights + i * R);
-    store_tokens<Dot, R, V>(xs, sums + n * pitch + v0 * kWidth, pitch);
+    store_tokens<Dot, R, V>(xs, x_sums, pitch);
   }
 }
 
 template <class Dot, int R>
-void tokens(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, const void* init,
-            uint32_t* sums, int64_t pitch) {
+void tokens(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, int64_t block,
+            const void* init, uint32_t* sums, int64_t pitch) {
   constexpr int kMost = kTokenAccumulators / R > 8 ? 8 : kTokenAccumulators / R;
   const int64_t vectors = groups * (kTokens / kWidth);
   const uint32_t* first = static_cast<const uint32_t*>(init);
   int64_t v = 0;
   const auto pass = [&](auto run, int64_t count) __attribute__((always_inline)) {
-    for (; v + count <= vectors; v += count) run(a, group_dwords, v, b, first, sums, pitch);
+    for (; v + count <= vectors; v += count) run(a, group_dwords, v, b, block, first, sums, pitch);
   };
   pass(&token_panel<Dot, R, kMost>, kMost);
   // What is left is fewer: one pass of just that many.
