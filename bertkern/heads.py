@@ -174,6 +174,13 @@ def root_of(function: str, model: nn.Module) -> tuple[str, nn.Module]:
     return prefix, root
 
 
+def expect_prunable(function: str, model: nn.Module) -> None:
+    """Raises TypeError or ValueError where no head of `model` can be removed, whichever it is."""
+    root_of(function, model)
+    if not any(RECORD in module.__dict__ for module in model.modules()):
+        _expect_plain(function, model)
+
+
 @contextmanager
 def restored(function: str, model: nn.Module, renamed: Mapping[str, str | None] | None = None) -> Iterator[None]:
     """Within it, `model` is what it was before `accelerate`, which is then applied anew, in the forms of before.

@@ -17,7 +17,8 @@ class Record:
     Attributes:
         kept: why linear layers kept their float weights, by name.
         left: why modules were left to torch, by name.
-        attention: the attention implementation that a transformers model had before, by name of the model.
+        attention: the attention implementation that a config had before, by name of the first module that has it: a
+            transformers model, mostly.
         forms: in which form linear layers run, and why, by name.
         masked: linear layers under torch.nn.utils.prune that others stand in for, by name.
     """

@@ -1,6 +1,7 @@
 """Modules of a model run by the kernels: exchanged for others, or of another class, which they can be given back."""
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -66,8 +67,11 @@ def fuse(model: nn.Module, record: Record, keep_padding: bool, exact_attention: 
             fused_encoder = fused_encoder or hasattr(module, "layers")
         wants_attentions = getattr(root.config, "output_attentions", False)
         if fused_encoder and not wants_attentions and root.config._attn_implementation in NAMES:
-            record.attention[prefix] = root.config._attn_implementation
-            root.config._attn_implementation_internal = NAMES[root.config._attn_implementation]
+            ours = NAMES[root.config._attn_implementation]
+            for name, config in _configs(root).items():
+                if config._attn_implementation in NAMES:
+                    record.attention[".".join(part for part in (prefix, name) if part)] = config._attn_implementation
+                    config._attn_implementation_internal = ours
 
 
 def unfuse(model: nn.Module) -> None:
@@ -83,14 +87,27 @@ def unfuse(model: nn.Module) -> None:
             module.unfuse()
             module.__class__ = module.unfused()
     record = getattr(model, RECORD, None)
-    for name, root in layers.pretrained_roots(model).items():
-        if record is not None and name in record.attention:
-            from .families._attention import NAMES
+    if record is None:
+        return
+    if record.attention:
+        from .families._attention import NAMES
 
-            if root.config._attn_implementation in NAMES.values():
-                root.config._attn_implementation_internal = record.attention[name]
-    if record is not None:
-        delattr(model, RECORD)
+        for name, module in model.named_modules():
+            if name in record.attention and module.config._attn_implementation in NAMES.values():
+                module.config._attn_implementation_internal = record.attention[name]
+    delattr(model, RECORD)
+
+
+def _configs(root: nn.Module) -> dict[str, Any]:
+    """The configs at which `root` and its modules look, by the first module that has them: one mostly, but transformers
+    may exchange that of a model alone, as EncoderDecoderModel does with its encoder's.
+    """
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in root.named_modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            found.setdefault(id(config), (name, config))
+    return dict(found.values())
 
 
 def family_tables(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Embedding,)) -> list[str]:

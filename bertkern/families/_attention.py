@@ -1,5 +1,5 @@
-"""attn_implementation="bertkern": the [B, L] mask reaches the encoder as it is, and what is not fused runs by the
-attention kernel.
+"""attn_implementation="bertkern": masks of padding reach the encoder as [B, 1, 1, L], never looked at, and what is not
+fused runs by the attention kernel.
 
 A sequence without a single token tells transformers' own implementations apart: sdpa gives its positions a context of
 zeros, eager the mean of all values. So what was eager becomes "bertkern_eager", whose plain path is eager's formula.
@@ -124,7 +124,10 @@ def bertkern_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     module = type(kwargs.get("config")).__module__
     if not _looks_attention_up(module):
         return eager_mask(*args, **kwargs)
-    return padding_mask(sdpa_mask, *args, **kwargs)
+    mask = padding_mask(sdpa_mask, *args, **kwargs)
+    # In a form that sdpa takes, too: a model may ask for the mask by another config than its layers for attention, as
+    # EncoderDecoderModel does after set_attn_implementation.
+    return mask[:, None, None] if mask is not None and mask.dim() == 2 else mask
 
 
 @torch.compiler.assume_constant_result

@@ -191,6 +191,8 @@ def key_mask(mask: Tensor | None, batch: int, length: int, empty_attends: bool) 
     """
     if mask is None:
         return None, False
+    if of_keys(mask, batch):
+        mask, empty_attends = mask[:, 0, 0], False
     if mask.dim() == 2:
         if mask.dtype != torch.bool or mask.shape[0] != batch or mask.shape[1] != length:
             raise Unfit("a mask of another shape or dtype")
@@ -216,6 +218,11 @@ def key_mask(mask: Tensor | None, batch: int, length: int, empty_attends: bool) 
     if bool((first == -torch.inf).all(dim=1).any()):
         raise Unfit("a mask of -inf alone")
     return attend.expand(batch, length), True
+
+
+def of_keys(mask: Tensor, batch: int) -> bool:
+    """Whether a mask says by its shape, bool [B, 1, 1, L], that keys are masked for all queries alike."""
+    return mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[:3] == (batch, 1, 1)
 
 
 def usable(x: Tensor) -> str | None:

@@ -13,7 +13,7 @@ from ..gpu.encoder import Layer, encode
 from ..gpu.packing import in_place, packing_of
 from ..gpu.rows import Norm
 from ..ops.rowwise_triton import embed_cuda
-from .encoder import LayerParts, Stack, Unfit
+from .encoder import LayerParts, Stack, Unfit, of_keys
 from .linear import FLOATS
 from .packing import Epoch, needs_grad
 
@@ -118,8 +118,8 @@ def asked_mask(
     """The [B, L] mask of keys that `mask` amounts to, what is added to scores, and whether a sequence without keys
     attends evenly to all; as `key_mask`, but the data of a mask is never looked at.
 
-    A mask [B or 1, 1, L or 1, L] is therefore added to the scores, whatever it says. So is one [B, L] where there is a
-    bias: its rows keep their places.
+    A mask [B or 1, 1, L or 1, L] is therefore added to the scores, whatever it says, but for a bool one of one row a
+    sequence. So is one [B, L] where there is a bias: its rows keep their places.
 
     Args:
         bias: [1 or B, heads, L, L] to be added, too.
@@ -132,6 +132,8 @@ def asked_mask(
         return None, bias, False
     if mask.device != x.device:
         raise Unfit("a mask on another device")
+    if of_keys(mask, batch):
+        mask, empty_attends = mask[:, 0, 0], False
     if mask.dim() == 2:
         if mask.dtype != torch.bool or mask.shape != (batch, length):
             raise Unfit("a mask of another shape or dtype")

@@ -17,6 +17,7 @@ CUDA kernel's source runs on the host and is compiled for sm_80, 90a, 100a and 1
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -78,7 +79,7 @@ def _check_heads(here: int, sequences: int, asked: _Asked) -> None:
     originally = here
     if heads is not None:
         fits = len(heads) == here and len(set(heads)) == here and all(head >= 0 for head in heads)
-        _expect(OP, "heads", f"the different numbers of {here} heads", list(heads), fits)
+        _expect(OP, "heads", f"to be the different numbers of the {here} heads", list(heads), fits)
         tables = [x.shape[1] for x in (mask, bias) if x is not None and x.dim() > 1]
         originally = max([*tables, max(heads, default=-1) + 1])
     if mask is not None:
@@ -469,6 +470,8 @@ def attention_cuda(
     if scale is None:
         # What has no last dimension is refused below.
         scale = max((1, *q.shape[-1:])) ** -0.5
+    else:
+        _expect(OP, "scale", "to be finite", scale, math.isfinite(scale))
     _expect(OP, "provider", f"one of {', '.join(PROVIDERS)}", provider, provider in PROVIDERS)
     number = PROVIDERS[provider]
     return _attention(q, k, v, cu_seqlens, head_mask, bias, heads, max_length, causal, scale, number)[0]

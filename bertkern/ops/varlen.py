@@ -16,6 +16,9 @@ OP = "attention_varlen"
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor | None], lengths: dict[str, int]) -> None:
     """Shapes, dtypes and devices; never the data of a tensor."""
+    for name, x in {"q": q, "k": k, "v": v, **tables}.items():
+        optional = x is None and name not in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+        _expect(OP, name, "to be a tensor", type(x).__name__, optional or isinstance(x, Tensor))
     _expect(OP, "q", "of shape [total_q, heads, head_dim]", list(q.shape), q.dim() == 3 and q.shape[2] > 0)
     _expect(OP, "q", f"of dtype {', '.join(map(str, FLOATS))}", q.dtype, q.dtype in FLOATS)
     for name, x in {"k": k, "v": v}.items():
@@ -131,7 +134,8 @@ def attention_varlen(
         torch.Size([7, 12, 64])
     """
     _expect(OP, "dropout_p", "0", dropout_p, dropout_p == 0)
-    _expect(OP, "window_size", "(-1, -1), no window", tuple(window_size), tuple(window_size) == (-1, -1))
+    fits = isinstance(window_size, (tuple, list)) and tuple(window_size) == (-1, -1)
+    _expect(OP, "window_size", "(-1, -1), no window", window_size, fits)
     _expect(OP, "softcap", "0, no cap", softcap, softcap == 0)
     fits = softmax_scale is None or 0 < softmax_scale < float("inf")
     _expect(OP, "softmax_scale", "above 0, or None for 1 / sqrt(head_dim)", softmax_scale, fits)

@@ -312,6 +312,8 @@ def test_what_it_refuses():
     refused(TypeError, r"expected dataloader to be an iterable of batches\. Got str", model, "data")
     refused(TypeError, r"expected dataloader to be an iterable of batches\. Got Tensor", model, data[0]["input_ids"])
     refused(ValueError, r"expected at least one batch\. Got none", model, [])
+    empty = {name: tensor[:0] for name, tensor in data[0].items()}
+    refused(ValueError, r"expected batches of at least one example\. Got an empty one", model, [data[0], empty])
     refused(TypeError, r"expected batches to be mappings, or a loss function\. Got list", model, [[1, 2]])
     refused(ValueError, r"Got none: batches need labels, or pass loss=", model, unlabelled)
     refused(ValueError, r"Got none: batches need labels", loss=lambda model, batch: None)

@@ -293,7 +293,6 @@ def test_a_ranking_that_generalises():
         assert gone_of(found) == {(i, j) for i in range(LAYERS) for j in range(HEADS)} - set(strong)
 
 
-@pytest.mark.skipif("prune_heads" not in bk.__all__, reason="nothing removes heads yet")
 def test_removal_is_what_masking_promised():
     model = make("BertForSequenceClassification")
     whole, call = copy.deepcopy(model), zoo.padded(model, "trailing")
@@ -329,3 +328,16 @@ def test_what_it_refuses():
     refused(ValueError, r"Got NaN, 0 heads gone", half, metric=lambda model: float("nan"))
     with pytest.raises(ValueError, match=r"choose_heads: expected a module with one transformers model"):
         choose(nn.Linear(2, 2), half)
+
+
+def test_what_cannot_be_pruned_is_refused_before_the_search():
+    def searched(model):
+        raise AssertionError("the search has begun")
+
+    config = bk.HeadPruneConfig(fraction=0.5, method="magnitude")
+    quantized = bk.quantize_(make("BertForSequenceClassification"))
+    with pytest.raises(ValueError, match=r"prune_heads_by_importance: expected a float model\. Got one that is int8"):
+        bk.prune_heads_by_importance(quantized, config, metric=searched)
+    part = bk.accelerate(make("BertForSequenceClassification")).bert
+    with pytest.raises(ValueError, match=r"prune_heads_by_importance: expected the module that was accelerated"):
+        bk.prune_heads_by_importance(part, config, metric=searched)

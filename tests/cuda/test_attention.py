@@ -177,7 +177,7 @@ def test_keys_behind_the_count_are_not_read():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_statistics(biased, causal):
-    """What kernels/attention.py's backward pass reads: the maximum, in log2 without a bias, and 1 / sum."""
+    """What the kernels of kernels/attention_gradients.py read: the maximum, in log2 without a bias, and 1 / sum."""
     (q, k, v), length = packed(100, 2, 40, torch.float16), 100
     bias = torch.randn(1, 2, 100, 100) if biased else None
     _, (peak, inverse) = attend(q, k, v, starts((100,)), length, bias=bias, causal=causal, scale=0.3)

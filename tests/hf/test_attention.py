@@ -232,6 +232,42 @@ def test_generation_uses_a_cache(name):
     assert torch.equal(*made_tokens)
 
 
+def encoder_decoder():
+    """transformers gives its encoder a config of its own, at which the encoder's layers do not look."""
+    torch.manual_seed(0)
+    encoder = transformers.BertModel(transformers.BertConfig(**_BERT))
+    config = transformers.BertConfig(**_BERT, is_decoder=True, add_cross_attention=True)
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=transformers.BertLMHeadModel(config)).eval()
+    return model, {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS[:, :4]}
+
+
+@pytest.mark.parametrize("name", ["bertkern", {"encoder": "bertkern", "decoder": "bertkern"}], ids=["all", "each"])
+def test_layers_that_look_at_another_config_than_their_model(name):
+    model, call = encoder_decoder()
+    with torch.no_grad():
+        expected = model(**call)
+        same(by(model, name)(**call), expected, call)
+        same(bk.accelerate(by(model, name))(**call), expected, call)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_swapped_layers_that_look_at_another_config_than_their_model(attention):
+    model, call = encoder_decoder()
+    model.set_attn_implementation(attention)
+    inside = [module.config for module in model.encoder.modules() if hasattr(module, "config")]
+    before = [config._attn_implementation for config in inside]
+    with torch.no_grad():
+        expected = model(**call).logits
+        bk.accelerate(model.encoder)
+        torch.testing.assert_close(model(**call).logits, expected, atol=2e-5, rtol=1e-4)
+        attentions = model(**call, output_attentions=True).encoder_attentions
+        assert len(attentions) == 2 and not attentions[0][1, ..., 5:].any()
+        model.encoder.encoder.layer[1].intermediate.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(**call).logits, expected, atol=2e-5, rtol=1e-4)
+    bk.restore(model.encoder)
+    assert [config._attn_implementation for config in inside] == before
+
+
 def four_dimensional(seed=3):
     """Masks [B, 1 or heads, L, L] of every kind, by name."""
     generator = torch.Generator().manual_seed(seed)

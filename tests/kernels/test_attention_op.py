@@ -242,6 +242,8 @@ WRONG = {
     "cu_seqlens from 1": ({"cu_seqlens": ends() + 1}, r"to rise from 0 to at most T = 15. Got \[1, "),
     "cu_seqlens past the end": ({"cu_seqlens": ends((9, 9))}, r"at most T = 15. Got \[0, 9, 18\]"),
     "a longer sequence": ({"max_length": 8}, "max_length of 9 or more, as the longest sequence has. Got 8"),
+    "a scale of NaN": ({"scale": float("nan")}, "scale to be finite. Got nan"),
+    "an endless scale": ({"scale": float("inf")}, "scale to be finite. Got inf"),
     "a negative length": ({"max_length": -1}, "max_length 0 or more. Got -1"),
     "a mask of fewer heads": (
         {"head_mask": torch.ones(4, 2)},
@@ -258,9 +260,9 @@ WRONG = {
     ),
     "a bias of other sequences": ({"bias": torch.ones(2, 3, 9, 9)}, r"Got shape \[2, 3, 9, 9\]"),
     "a bias of three dimensions": ({"bias": torch.ones(3, 9, 9)}, r"Got shape \[3, 9, 9\]"),
-    "heads twice": ({"heads": [0, 1, 1]}, r"heads the different numbers of 3 heads. Got \[0, 1, 1\]"),
-    "too few heads": ({"heads": [0, 1]}, r"heads the different numbers of 3 heads. Got \[0, 1\]"),
-    "negative heads": ({"heads": [0, 1, -1]}, r"heads the different numbers of 3 heads. Got \[0, 1, -1\]"),
+    "heads twice": ({"heads": [0, 1, 1]}, r"heads to be the different numbers of the 3 heads. Got \[0, 1, 1\]"),
+    "too few heads": ({"heads": [0, 1]}, r"heads to be the different numbers of the 3 heads. Got \[0, 1\]"),
+    "negative heads": ({"heads": [0, 1, -1]}, r"heads to be the different numbers of the 3 heads. Got \[0, 1, -1\]"),
     "heads that never were": (
         {"heads": [0, 1, 7], "head_mask": torch.ones(4, 6)},
         r"head_mask of shape \[sequences, heads\] = \[4, 8\] or \[8\]. Got \[4, 6\]",

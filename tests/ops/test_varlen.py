@@ -130,6 +130,10 @@ def test_nothing():
 
 X, CU = torch.zeros(15, 3, 8), ends((5, 1, 9))
 WRONG = {
+    "q as a list": ({"q": [1.0]}, "q to be a tensor. Got list"),
+    "no k": ({"k": None}, "k to be a tensor. Got NoneType"),
+    "cu_seqlens as a list": ({"cu_seqlens_q": [0, 15]}, "cu_seqlens_q to be a tensor. Got list"),
+    "a mask as a list": ({"head_mask": [1, 1, 0]}, "head_mask to be a tensor. Got list"),
     "q of two dimensions": ({"q": X[0]}, "q of shape [total_q, heads, head_dim]. Got [3, 8]"),
     "q of integers": ({"q": X.int()}, "Got torch.int32"),
     "fewer keys than queries": (
@@ -168,6 +172,7 @@ WRONG = {
     "a negative length": ({"max_seqlen_q": -1, "max_seqlen_k": -1}, "max_seqlen_q 0 or more. Got -1"),
     "dropout": ({"dropout_p": 0.1}, "dropout_p 0. Got 0.1"),
     "a window": ({"window_size": (64, 0)}, "window_size (-1, -1), no window. Got (64, 0)"),
+    "a window of nothing": ({"window_size": None}, "window_size (-1, -1), no window. Got None"),
     "a cap": ({"softcap": 30.0}, "softcap 0, no cap. Got 30.0"),
     "a scale of 0": ({"softmax_scale": 0.0}, "softmax_scale above 0, or None for 1 / sqrt(head_dim). Got 0.0"),
     "a mask of other heads": ({"head_mask": torch.ones(3, 4)}, "head_mask of shape [sequences, heads] = [3, 3] or [3]"),

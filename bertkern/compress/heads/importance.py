@@ -59,8 +59,8 @@ def head_importance(
         lost. ALBERT: a row for every time that a layer runs.
 
     Raises:
-        TypeError, ValueError: no such model, no batches or ones that give no loss, a loss that is not finite or does
-            not depend on the heads, weights that are NaN or Inf.
+        TypeError, ValueError: no such model, no batches, empty ones or ones that give no loss, a loss that is not
+            finite or does not depend on the heads, weights that are NaN or Inf.
 
     Example::
 
@@ -132,6 +132,9 @@ def _sensitivities(
         for batch in tqdm(batches, desc="head importance", unit="batch", disable=not progress):
             contexts.clear()
             batch = moved(batch, device)
+            sizes = [tensor.shape[0] for tensor in _tensors(batch)]
+            if sizes and not any(sizes):
+                raise ValueError("head_importance: expected batches of at least one example. Got an empty one.")
             value = _loss(model, batch, loss)
             count = value.numel() if value.dim() else _examples(batch, contexts)
             for row, dot in enumerate(_dots(value, contexts, len(kept))):
@@ -202,13 +205,16 @@ def _loss(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     return value
 
 
+def _tensors(batch: Any) -> list[Tensor]:
+    """The tensors in a batch that have a row for every example."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return [value for value in values if isinstance(value, Tensor) and value.dim()]
+
+
 def _examples(batch: Any, contexts: list[tuple[int, Tensor]]) -> int:
     """How many examples a batch holds."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    for value in values:
-        if isinstance(value, Tensor) and value.dim():
-            return value.shape[0]
-    return contexts[0][1].shape[0] if contexts else 0
+    tensors = _tensors(batch) or [x for _, x in contexts]
+    return tensors[0].shape[0] if tensors else 0
 
 
 def _tokens(batch: Any, contexts: list[tuple[int, Tensor]]) -> float:

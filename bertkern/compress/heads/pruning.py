@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bertkern.head_masks import Places, head_mask, places
+from bertkern.heads import expect_prunable, prune_heads
 
 from ..observation import evaluating
 from .config import HeadPruneConfig
@@ -187,7 +188,7 @@ def prune_heads_by_importance(
 ) -> HeadPruning:
     """Removes the heads that `choose_heads` finds from `model`, by `bertkern.prune_heads`, in place.
 
-    Args, raises: as of `choose_heads`.
+    Args, raises: as of `choose_heads`, and what `bertkern.prune_heads` refuses, such as an int8 model: at once.
 
     Returns:
         What was found: the heads, which are gone now, and the curve.
@@ -198,9 +199,8 @@ def prune_heads_by_importance(
 
     Source: arXiv 1905.10650, section 4.
     """
-    # Looked up before the search, which may take long.
-    from bertkern import prune_heads
-
+    # Before the search, which may take long.
+    expect_prunable("prune_heads_by_importance", model)
     found = choose_heads(model, config, dataloader, metric=metric, loss=loss, progress=progress)
     if found.heads:
         prune_heads(model, found.heads)
