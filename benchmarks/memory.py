@@ -26,8 +26,8 @@ from .results import Run
 AXIS = "moment"
 ROUNDS = 1
 OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {}
-INT8 = "int8"
-FORMS = (INT8, "4n128", "2n128")
+FLOAT, INT8 = "fp32", "int8"
+FORMS = (FLOAT, INT8, "4n128", "2n128")
 # The ways to a quantized model: the form it gets, and what they start from.
 WAYS = {
     "quantize_": (INT8, "float weights in memory"),
@@ -49,7 +49,7 @@ def resident_mb(field: str = "VmRSS") -> float:
 
 
 def config_for(form: str) -> Any:
-    """The config of one of FORMS."""
+    """The config of one of FORMS but fp32."""
     import bertkern
 
     return bertkern.Int8Config() if form == INT8 else config_of(parse_groupings(form)[0])
@@ -64,8 +64,8 @@ def make_quantized(folder: str, out: str, form: str) -> None:
     bertkern.quantize_(AutoModel.from_pretrained(folder).eval(), config_for(form)).save_pretrained(out)
 
 
-def make_encoder(out: str, form: str, seed: int) -> dict[str, float]:
-    """Saves a BERT-base encoder of random weights in one of FORMS. Returns: MB of its parameters as fp32."""
+def make_encoder(out: str, form: str, seed: int) -> None:
+    """Saves a BERT-base encoder of random weights in one of FORMS."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -73,19 +73,23 @@ def make_encoder(out: str, form: str, seed: int) -> dict[str, float]:
 
     torch.manual_seed(seed)
     model = BertModel(BertConfig(**ENCODER), add_pooling_layer=False).eval()
-    size = sum(p.numel() * 4 for p in model.parameters()) / 1e6
-    bertkern.quantize_(model, config_for(form)).save_pretrained(out)
-    return {"fp32": size}
+    if form != FLOAT:
+        bertkern.quantize_(model, config_for(form))
+    model.save_pretrained(out)
 
 
 def encoder_size(folder: str) -> dict[str, float]:
-    """MB of an encoder that `make_encoder` saved: of its file, and resident after it has run; in a fresh process."""
+    """MB of an encoder that `make_encoder` saved: of its file, and resident after it has run; in a fresh process.
+
+    Pages of files count. So do Python's objects, some 3 MB for any BERT-base, in fp32 too.
+    """
     import torch
-    from transformers import AutoModel
+    from transformers import BertModel
 
     _set_up()
     before = resident_mb()
-    model = AutoModel.from_pretrained(folder).eval()
+    # AutoModel would add a pooler that is not in the file.
+    model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     with torch.no_grad():
         model(torch.ones(1, 8, dtype=torch.long))
     _return_freed()
@@ -103,10 +107,12 @@ def _set_up() -> None:
     disable_progress_bar()
     torch.set_num_threads(1)
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
-    for form in (INT8, "4n128"):
+    for form in (FLOAT, INT8, "4n128"):
         with tempfile.TemporaryDirectory() as tiny:
             made = BertModel(BertConfig(**sizes, vocab_size=99)).eval()
-            bertkern.quantize_(made, config_for(form)).save_pretrained(tiny)
+            if form != FLOAT:
+                bertkern.quantize_(made, config_for(form))
+            made.save_pretrained(tiny)
             with torch.no_grad():
                 AutoModel.from_pretrained(tiny)(torch.ones(1, 8, dtype=torch.long))
     _return_freed()
@@ -183,9 +189,9 @@ def run(
             progress(f"the encoder, {form}")
             folder = str(Path(temporary, f"encoder-{form}"))
             with Worker("memory", 1, python) as worker:
-                found = worker.ask("make_encoder", out=folder, form=form, seed=SEED)
+                worker.ask("make_encoder", out=folder, form=form, seed=SEED)
             with Worker("memory", 1, python) as worker:
-                found |= worker.ask("encoder_size", folder=folder)
+                found = worker.ask("encoder_size", folder=folder)
             for where, value in found.items():
                 run.add("memory", form, "encoder_mb", ("where", where), (value,) * 3)
     return run

@@ -220,8 +220,9 @@ def _memory(run: Run, plt: Any) -> Any:
     bars.insert(0, ("the fp32 model", run.find(ways[0], "memory_mb", "model")))
     forms = run.providers("encoder_mb")
     shares = [
-        (f"{form}: {label}", run.find(form, "encoder_mb", where).median / run.find(form, "encoder_mb", "fp32").median)
+        (f"{form}: {label}", run.find(form, "encoder_mb", where).median / run.find("fp32", "encoder_mb", where).median)
         for form in forms
+        if form != "fp32"
         for where, label in (("file", "file"), ("memory", "memory"))
     ]
     figure, grid = plt.subplots(

@@ -248,12 +248,12 @@ def _memory(run: Run) -> list[tuple[str, Table]]:
         table.add_row(way, f"{mb['peak']:,.0f}", f"{mb['after']:,.0f}", allowed)
     made = [("resident MB while BERT-base is quantized, above the process without a model", table)]
     if run.providers("encoder_mb"):
-        table = _table("", "fp32 MB", "file", "share", "resident", "share")
+        table = _table("", "file", "share of fp32", "resident", "share of fp32")
         for form in run.providers("encoder_mb"):
-            mb = {row.x_value: row.median for row in run.rows if row.metric == "encoder_mb" and row.provider == form}
-            cells = [
-                part for where in ("file", "memory") for part in (f"{mb[where]:.1f}", f"{mb[where] / mb['fp32']:.4f}")
-            ]
-            table.add_row(form, f"{mb['fp32']:.1f}", *cells)
+            cells = []
+            for where in ("file", "memory"):
+                mb, whole = (run.find(each, "encoder_mb", where).median for each in (form, "fp32"))
+                cells += [f"{mb:.1f}", f"{mb / whole:.4f}"]
+            table.add_row(form, *cells)
         made.append(("the encoder of BERT-base alone: its file, and what it takes in memory after it has run", table))
     return made

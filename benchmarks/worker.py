@@ -100,10 +100,11 @@ class Session:
         return {}
 
     def make_encoder(self, out: str, form: str, seed: int) -> dict[str, Any]:
-        """Saves a quantized encoder, see `memory.py`."""
+        """Saves an encoder, see `memory.py`."""
         from .memory import make_encoder
 
-        return make_encoder(out, form, seed)
+        make_encoder(out, form, seed)
+        return {}
 
     def encoder_size(self, folder: str) -> dict[str, Any]:
         """What a saved encoder takes, see `memory.py`."""

@@ -22,13 +22,13 @@ ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "silu
 _ORDERED = {1: 8, 2: 16}
 
 
-def _packed_size(n: int, k: int, kind: str) -> int:
+def _packed_size(n: int, k: int, kind: str, vectors: int = 1) -> int:
     rows = (n + 31) // 32 * 32
     per_dword = {"s8": 4, "bf16": 2, "f32": 1}[kind]
     dwords = (k + per_dword - 1) // per_dword
-    size = 64 + rows * dwords * 4 + (4 if kind == "s8" else 1) * rows * 4
     features = _ORDERED.get(torch.ops.bertkern.cpu_isa(), 0) if kind == "s8" else 0
-    return size + (rows // features * (dwords * 2 + 4) if features else 0)
+    lists = rows // features * (dwords * 2 + 4) if features else 0
+    return 64 + rows * dwords * 4 + lists + vectors * rows * 4
 
 
 def _shapes(name: str) -> Callable[[Callable[..., Any]], None]:
@@ -55,7 +55,9 @@ def _(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @_shapes("pack_qlinear")
 def _(weight_codes, weight_scale, bias, input_scale=0.0, input_zero_point=0, output_scale=0.0) -> Tensor:
-    return weight_codes.new_empty(_packed_size(*weight_codes.shape, "s8"), dtype=torch.uint8)
+    # Rows with zero points of their own need no first sums: see csrc/cpu/gemm/linear.h.
+    own = input_scale == 0 and input_zero_point == 0
+    return weight_codes.new_empty(_packed_size(*weight_codes.shape, "s8", 3 if own else 4), dtype=torch.uint8)
 
 
 @_shapes("pack_sparse_linear")

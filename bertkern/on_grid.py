@@ -18,7 +18,8 @@ def grids(model: nn.Module, exact: bool = True) -> dict[str, GroupwiseWeight]:
 
     Args:
         model: any module.
-        exact: see `find_grid`.
+        exact: only weights that the packed form gives bit for bit; False: those, too, of which `inspect` says "to
+            rounding", see `find_grid`.
 
     Example:
         >>> linear = nn.Linear(48, 64)

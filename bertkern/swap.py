@@ -113,7 +113,8 @@ def run_by_kernels(
             record.forms[name] = _form(name, module, known, times, shared, rows)
             module.take_form(record.forms[name].form)
         module.packed()
-        mapped.release(codes)  # the kernels read the packed copy
+        # The kernels read the packed copy. Now, because the module may have let go of its codes.
+        mapped.release(codes)
     if times is not None:
         _choose_providers(model, times)
         times.save()
@@ -121,6 +122,8 @@ def run_by_kernels(
     setattr(model, RECORD, record)
     if quantized:
         mark_quantized(model, None)
+    # Float weights, norms, and what stands between the codes of a file: the kernels have copies of it all.
+    mapped.release(*model.parameters(), *model.buffers())
     return model
 
 

@@ -48,10 +48,21 @@ def test_a_part_takes_nothing_from_its_neighbours(mapped):
     assert 2048 <= resident(mapped) <= 2048 + 64
 
 
+def test_small_tensors_that_stand_side_by_side_go_together(mapped):
+    small = list(mapped[: COUNT // 2].split(100))
+    assert not any(release(tensor) for tensor in small[:50])
+    assert release(*reversed(small))
+    assert resident(mapped) <= 2048 + 64
+    assert torch.equal(mapped, torch.arange(COUNT, dtype=torch.float32))
+
+
 def test_changed_values_stay(mapped):
     mapped[COUNT // 2] = -1
     assert not release(mapped)
     assert float(mapped[COUNT // 2]) == -1
+    # The pages before and behind went.
+    assert resident(mapped) < 64
+    assert torch.equal(mapped[COUNT // 2 + 1 :], torch.arange(COUNT // 2 + 1, COUNT, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(

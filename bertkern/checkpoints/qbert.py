@@ -108,7 +108,7 @@ def load(
     for name, bits in asked.items():
         module = modules.get(name)
         if not isinstance(module, (nn.Linear, nn.Embedding)):
-            problems.append(f"expected the bits of config.json to be of layers of the model. Got {name}.")
+            problems.append(f"expected bits to be of layers of the model. Got {name}.")
         elif bits != FLOAT:
             found = _weight(tensors, name, module, bits, values, problems)
             if found is not None:
@@ -172,7 +172,7 @@ def _range_of(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _bits(values: dict[str, Any], model: PreTrainedModel, problems: list[str]) -> dict[str, int]:
-    """What config.json gives bits to, by the names of modules."""
+    """What is given bits, by the names of modules."""
     base = f"{model.base_model_prefix}." if model.base_model is not model else ""
     found: dict[str, int] = {}
     for keys, part in ((LAYERS, "encoder"), (TABLES, "embeddings")):

@@ -219,6 +219,8 @@ def pack_codes(
     """
     if codes.dim() != 2:
         raise ValueError(f"pack_codes: expected codes of shape [N, K]. Got {list(codes.shape)}.")
+    if codes.is_floating_point() and not bool((codes == codes.round()).all()):
+        raise ValueError("pack_codes: expected whole codes. Got fractions.")
     n, k = _expect_shape("pack_codes", tuple(codes.shape))
     _expect_grouping("pack_codes", axis, group_size)
     groups = group_count((n, k), axis, group_size)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from .. import plan
+from .. import mapped, plan
 from ..ragged import RaggedConfig
 from ..record import record_of
 from ..schemes import scheme_under
@@ -74,6 +74,8 @@ class BertkernQuantizer(HfQuantizer):
         from ..swap import accelerate
 
         config = self.quantization_config.config
+        # Codes are among them, which the packed copies will take the place of.
+        from_file = [*model.parameters(), *model.buffers()]
         take_blocks(model)
         fill_stand_ins(model)
         if isinstance(config, RaggedConfig):
@@ -89,6 +91,7 @@ class BertkernQuantizer(HfQuantizer):
         attach(model, config)
         choices = plan.choose(model, config)
         record_of(model).kept.update({choice.name: choice.reason for choice in choices if choice.action == "packed"})
+        mapped.release(*from_file)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

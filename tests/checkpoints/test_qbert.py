@@ -165,7 +165,7 @@ def test_damaged(damage, message, tmp_path):
     [
         ({"layer_bits": {"layer.0.attention.self.query": 9}}, "2 to 8 bits, or 32. Got 9"),
         ({"layer_bits": {"layer.0.attention.self.query": True}}, "2 to 8 bits, or 32. Got True"),
-        ({"layer_bits": {"layer.7.attention.self.query": 4}}, "layers of the model. Got bert.encoder.layer.7"),
+        ({"layer_bits": {"layer.7.attention.self.query": 4}}, "expected bits to be of layers of the model. Got bert"),
         ({"layer_bits": {"layer.0.attention": 4}}, "layers of the model. Got bert.encoder.layer.0.attention"),
         ({"emb_bits": [8]}, r"emb_bits to be bits by name. Got \[8\]"),
         ({"quant_group_number": 49}, "quant_group_number to cut 48 columns"),

@@ -1,5 +1,7 @@
 """Compensated rounding: against a plain loop in float64, never worse than nearest rounding, and on whole models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from bertkern.compress.groupwise.grids import Grids
 from bertkern.compress.groupwise.least_squares import refit
 from bertkern.compress.groupwise.ranges import weighted_ends
 from bertkern.config import GroupwiseConfig
-from bertkern.formats.groupwise import grid, group_count, group_ranges
+from bertkern.formats.groupwise import GroupwiseWeight, grid, group_count, group_ranges
 from bertkern.formats.rounding import round_weight
 from tests import reference
 from tests.tiny_models import inputs, main_output, tiny
@@ -193,6 +195,24 @@ def test_a_model_of_compensated_weights_is_nearer(family, config):
         plain = main_output(bk.quantize_(tiny(f"{family}Model"), config)(**asked))
         got = main_output(bk.quantize_(model, config, weights=weights)(**asked))
     assert reference.sqnr(expected, got) > reference.sqnr(expected, plain) + 1
+
+
+def test_matrices_that_compensation_makes_worse_are_rounded_plainly(monkeypatch):
+    model, config = tiny("BertModel"), GroupwiseConfig(bits=4, groups=8)
+    shape = tuple(model.encoder.layer[0].output.dense.weight.shape)
+
+    def spoiled(weight: Tensor, *given: object, **more: object) -> GroupwiseWeight:
+        made = compensated(weight, *given, **more)
+        return replace(made, scale=3 * made.scale) if made.shape == shape else made
+
+    monkeypatch.setattr("bertkern.compress.groupwise.compensation.compensated", spoiled)
+    found = bk.compensate(model, calls(model), config, progress=False)
+    plain = {}
+    for name, weight in found.items():
+        dense = model.get_submodule(name).weight
+        nearest = round_weight(dense, 4, weight.group_size, method="mse")
+        plain[name] = torch.equal(weight.codes, nearest.codes) and torch.equal(weight.scale, nearest.scale)
+    assert all(plain[f"encoder.layer.{i}.output.dense"] for i in range(2)) and not all(plain.values())
 
 
 def test_bits_of_layers_and_groups():

@@ -123,6 +123,7 @@ def test_what_a_file_may_hold(change, message):
         (lambda w: quantize_groupwise(w / 0, 4, 2), "finite weights"),
         (lambda w: pack_codes(w.abs().round().long() + 4, torch.ones(3), None, 2, "n", 2), r"codes in \[0, 2\^bits\)"),
         (lambda w: pack_codes(w.abs().long(), torch.zeros(3), None, 8, "n", 2), "scales above 0"),
+        (lambda w: pack_codes(w.abs(), torch.ones(3), None, 8, "n", 2), "whole codes"),
     ],
 )
 def test_bad_input(call, message):

@@ -2,8 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import bertkern as bk
 
 CODE = """
 import sys, torch, bertkern as bk
@@ -60,3 +65,31 @@ def test_peak(form, tmp_path):
         over, layer, after = map(int, line.split())
         assert over <= layer
         assert after < 0
+
+
+def resident_of(file: Path) -> int:
+    """Resident bytes of a mapped file."""
+    inside, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            inside = line.endswith(str(file))
+        elif inside and first == "Rss:":
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("config", [None, bk.Int8Config(), bk.GroupwiseConfig(bits=2)], ids=["float", "int8", "2 bits"])
+def test_what_the_kernels_have_copies_of_is_not_resident_beside_them(config, tmp_path):
+    sizes = {"vocab_size": 50, "max_position_embeddings": 16, "hidden_size": 512, "intermediate_size": 2048}
+    model = BertModel(BertConfig(**sizes, num_hidden_layers=3, num_attention_heads=8)).eval()
+    (model if config is None else bk.quantize_(model, config)).save_pretrained(tmp_path)
+    del model
+    loaded = BertModel.from_pretrained(tmp_path).eval()
+    if config is None:
+        bk.accelerate(loaded)
+    with torch.no_grad():
+        loaded(torch.ones(1, 4, dtype=torch.long))
+    # The norm of the embeddings is read at every call: its page, and those that the system brings along.
+    assert resident_of(tmp_path / "model.safetensors") <= 2**20

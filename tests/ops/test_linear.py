@@ -85,6 +85,15 @@ def test_requantized_with_a_static_scale(k, n, step, zero):
             assert different.float().mean() < 2e-3 and (got.float() - expected).abs().max() <= 1
 
 
+def test_first_sums_are_kept_where_all_rows_have_one_zero_point_alone():
+    w = quantize_weight(layer(48, 70)[0])
+    sizes = [
+        ops.pack_qlinear(w.codes, w.scale, None, **given).numel()
+        for given in ({}, {"input_zero_point": 128}, {"input_scale": 0.1}, {"input_scale": 0.1, "input_zero_point": 9})
+    ]
+    assert [size - sizes[0] for size in sizes] == [0, 4 * 96, 4 * 96, 4 * 96]
+
+
 def test_a_static_scale_tells_a_row_that_is_not_finite():
     weight, bias = layer(64, 40)
     w = quantize_weight(weight)

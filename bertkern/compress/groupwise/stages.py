@@ -26,17 +26,21 @@ class Stages:
     Args:
         watched: linear layers by name.
         calls: what the model is called with; the first tells in which order the layers run.
+        judged: calls on which `deviation` compares.
 
     Raises:
         ValueError: no call, or a layer that the first one does not reach.
     """
 
-    def __init__(self, model: nn.Module, watched: Mapping[str, nn.Module], calls: Sequence[Call]) -> None:
+    def __init__(
+        self, model: nn.Module, watched: Mapping[str, nn.Module], calls: Sequence[Call], judged: Sequence[Call] = ()
+    ) -> None:
         if not calls:
             raise ValueError("compensate: expected at least one batch. Got none.")
-        self._model, self._watched, self._calls = model, watched, calls
+        self._model, self._watched, self._calls, self._judged = model, watched, calls, judged
         self._mask = CurrentMask()
         self._runs: dict[str, int] = {}
+        self._standing: set[str] = set()
         self._source: dict[str, str] = {}
         self._undo = ExitStack()
 
@@ -49,6 +53,7 @@ class Stages:
                 handle = pretrained.register_forward_pre_hook(self._mask.remember, with_kwargs=True)
                 self._undo.callback(handle.remove)
             self._find_order()
+            self._expect_outputs()
         except BaseException:
             self._undo.close()
             raise
@@ -104,9 +109,62 @@ class Stages:
     def stand_in(self, name: str, weight: Tensor) -> None:
         """From now on the layer computes with `weight`."""
         linear = self._watched[name]
+        if name not in self._standing:
+            self._standing.add(name)
+            self._undo.callback(vars(linear).pop, "forward")
         # On the object, before the class: parameters, ties and masks stay as they are.
         linear.forward = lambda x: F.linear(x, weight.to(x.dtype), linear.bias)
-        self._undo.callback(vars(linear).pop, "forward")
+
+    def deviation(self, stage: Sequence[str]) -> float:
+        """How far what comes out of a stage on the judged calls is from what the model gave before any stood in.
+
+        The mean over real tokens of the squared distance, as a share of the squared size. Of an encoder layer that
+        comes behind its LayerNorm, so no output counts for more than the layers behind see of it. 0 where nothing is
+        known, of a layer whose parts are called one by one.
+        """
+        layer = self._layer_of[stage[0]]
+        if len(self._expected[layer]) < len(self._judged):
+            return 0.0
+        shares = []
+        for call, expected in zip(self._judged, self._expected[layer], strict=True):
+            found = self._outputs([layer], call)[layer]
+            size = expected.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+            shares.append(((found - expected).square().sum(-1) / size).flatten())
+        return float(torch.cat(shares).mean()) if shares else 0.0
+
+    def _expect_outputs(self) -> None:
+        layers = list(dict.fromkeys(self._layer_of.values()))
+        self._expected: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+        for call in self._judged:
+            for layer, output in self._outputs(layers, call).items():
+                self._expected[layer].append(output)
+
+    def _outputs(self, layers: Sequence[str], call: Call) -> dict[str, Tensor]:
+        """What comes out of layers for real tokens, [..., features], when they run for the last time."""
+        found: dict[str, Tensor] = {}
+        left = sum(self._layer_runs[layer] for layer in layers)
+
+        def hook(layer: str) -> Callable[..., None]:
+            def see(module: nn.Module, args: Any, output: Any) -> None:
+                nonlocal left
+                first = output[0] if isinstance(output, tuple) else output
+                if isinstance(first, Tensor):
+                    found[layer] = self._mask.real_tokens(first).float()
+                left -= 1
+                if not left:
+                    raise _Reached
+
+            return see
+
+        handles = [self._model.get_submodule(layer).register_forward_hook(hook(layer)) for layer in layers]
+        args, kwargs = call
+        try:
+            with suppress(_Reached):
+                self._model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
     def _find_order(self) -> None:
         inputs: dict[str, list[Tensor]] = {}
@@ -122,13 +180,16 @@ class Stages:
         if missed:
             raise ValueError(f"compensate: expected the first batch to reach {missed[0]}. Got one that does not.")
         stages: dict[str, list[str]] = {}
+        self._layer_of: dict[str, str] = {}
         first: dict[tuple[str, tuple[int, ...]], str] = {}
         for name, seen in inputs.items():
             self._runs[name] = len(seen)
-            layer = _layer(self._model, name)
+            layer = self._layer_of[name] = _layer(self._model, name)
             self._source[name] = first.setdefault((layer, tuple(map(id, seen))), name)
             stages.setdefault(layer, []).append(name)
         self._stages = list(stages.values())
+        # Every run of a layer runs each of its linears as often.
+        self._layer_runs = {layer: self._runs[names[0]] for layer, names in stages.items()}
 
     @contextmanager
     def _watching(self, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:

@@ -134,7 +134,7 @@ class Planes {
 
 int64_t vectors_bytes(const LinearHeader& h) {
   const int64_t np = padded(h.n), integer = static_cast<WeightKind>(h.kind) == WeightKind::s8;
-  return np * 4 * ((integer ? 2 : 0) + 1 + 2 * h.entries + (h.features & kPermuted ? 1 : 0));
+  return np * 4 * (has_init(h) + (integer ? 1 : 0) + 1 + 2 * h.entries + (h.features & kPermuted ? 1 : 0));
 }
 
 }  // namespace
@@ -186,11 +186,8 @@ bool view_groupwise(const void* data, int64_t bytes, const LinearHeader& h, Line
   const float* vectors = reinterpret_cast<const float*>(at);
   linear.init = linear.column_sum = nullptr;
   const bool integer = linear.kind == WeightKind::s8;
-  if (integer) {
-    linear.init = reinterpret_cast<const int32_t*>(vectors);
-    linear.column_sum = linear.init + np;
-    vectors += 2 * np;
-  }
+  if (has_init(h)) linear.init = reinterpret_cast<const int32_t*>(vectors), vectors += np;
+  if (integer) linear.column_sum = reinterpret_cast<const int32_t*>(vectors), vectors += np;
   linear.bias = vectors, linear.scale = linear.bias + np, linear.zero = linear.scale + np * groups;
   linear.column = h.features & kPermuted ? reinterpret_cast<const uint32_t*>(linear.zero + np * groups) : nullptr;
   linear.input_scale = h.input_scale, linear.input_zero = h.input_zero;
@@ -233,7 +230,8 @@ void pack_groupwise(const LinearHeader& header, const GroupwiseWeight& weight, c
   at += plan.panels.size() * sizeof(GroupedPanel);
   const bool integer = static_cast<WeightKind>(header.kind) == WeightKind::s8;
   int32_t* const init = reinterpret_cast<int32_t*>(at);
-  float* const biases = reinterpret_cast<float*>(at) + (integer ? 2 * np : 0);
+  int32_t* const column_sum = init + (has_init(header) ? np : 0);
+  float* const biases = reinterpret_cast<float*>(column_sum) + (integer ? np : 0);
   float *const scales = biases + np, *const zeros = scales + np * groups;
   const uint32_t* column = nullptr;
   if (!plan.column.empty()) {
@@ -311,15 +309,15 @@ void pack_groupwise(const LinearHeader& header, const GroupwiseWeight& weight, c
     if (!integer) continue;
     if (weight.along_k) {
       const float made = static_cast<float>(scaled);
-      std::memcpy(init + np + place, &made, 4);
+      std::memcpy(column_sum + place, &made, 4);
     } else {
-      init[np + place] = static_cast<int32_t>(total);
+      column_sum[place] = static_cast<int32_t>(total);
     }
   }
-  if (!integer) return;
+  if (!has_init(header)) return;
   Linear linear;
   view_groupwise(out, packed_bytes(header), header, linear);
-  init_of(linear, zero_of_init(header.input_zero), init);
+  init_of(linear, header.input_zero, init);
 }
 
 void init_of(const Linear& linear, int64_t zero_point, void* out) {

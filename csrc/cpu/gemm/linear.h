@@ -1,20 +1,23 @@
 // A packed linear layer (the uint8 tensor that the operators call `packed`) and the loops over its tiles.
 //
 //   bytes 0..63   LinearHeader
-//   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h), ordered: panels x 32 / ordered x KD x ordered
-//   index         `entries` dwords of K, padded to 4 bytes: uint32 (panels), uint16 (tokens), or where dense weights
-//   are
-//                 ordered (gemm.h) uint16 [panels][32 / ordered][KD]
-//   table         PanelEntry [panels], uint32 [panels * 32 / R * blocks + 1] (tokens), OrderCounts [panels][32 /
-//   ordered] init          int32 [Np]   s8 only: -zero_of_init * sum_k W[n, k], Np = N rounded up to 32 column_sum
-//   int32 [Np]   s8 only: sum_k W[n, k] scale         fp32  [Np]   s8 only: the weight's scale bias          fp32  [Np]
+//   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h); ordered: panels x 32 / ordered x KD x ordered
+//   index         `entries` dwords of K, padded to 4 bytes:
+//                 uint32 (panels), uint16 (tokens), uint16 [panels][32 / ordered][KD] (ordered)
+//   table         PanelEntry [panels], uint32 [panels * 32 / R * blocks + 1] (tokens),
+//                 OrderCounts [panels][32 / ordered] (ordered)
+//   init          int32 [Np]   s8 with one zero point for all rows only: -input_zero * sum_k W[n, k],
+//                              Np = N rounded up to 32
+//   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
+//   scale         fp32  [Np]   s8 only: the weight's scale
+//   bias          fp32  [Np]
 //
 // Group-wise weights (Layout::grouped), whose kind is that of the activations:
 //
 //   bytes 0..63   LinearHeader; entries = G, the groups along K (1: groups along N)
 //   weights       planes of every panel (gemm.h), one after the other: runs of groups with equal bits, in whole blocks
 //   table         GroupHeader, Group [G], GroupedPanel [panels + 1]
-//   init          s8: int32 [Np] as above, of centred codes; groups along K: fp32 [Np], -zero_point * sum_g scale S
+//   init          as above, of centred codes; groups along K: fp32 [Np], -input_zero * sum_g scale S
 //   column_sum    s8: int32 [Np]; groups along K: fp32 [Np], sum_g scale[g, n] * (sum of the group's codes)
 //   bias          fp32 [Np]
 //   scale         fp32 [panels][G][32]
@@ -25,6 +28,7 @@
 // bits with a block of its own; elsewhere K is as in the dense layout.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/gemm/gemm.h"
@@ -35,9 +39,7 @@ namespace bertkern::cpu {
 constexpr uint32_t kLinearMagic = 0x314b4c42;  // "BLK1"
 constexpr int32_t kSignedZero = 128;           // zero point of signed codes stored as u8
 constexpr int32_t kOwnZero = 0;                // beside an input_scale of 0: a zero point per row
-// The zero point that `init` is for: ready codes of such layers are signed ones, most often.
-constexpr int32_t zero_of_init(int32_t input_zero) { return input_zero == kOwnZero ? kSignedZero : input_zero; }
-constexpr int64_t kSparseDwords = 65536;  // of K that sparse weights can list: uint16 tells them apart
+constexpr int64_t kSparseDwords = 65536;       // of K that sparse weights can list: uint16 tells them apart
 
 enum class Layout : int32_t { dense = 0, panels = 1, tokens = 2, grouped = 3 };
 
@@ -80,7 +82,7 @@ struct Linear {
   const uint32_t* weights;
   const void* index;
   const void* table;
-  const int32_t* init;
+  const int32_t* init;  // null: rows have zero points of their own
   const int32_t* column_sum;
   const float* scale;
   const float* bias;
@@ -101,6 +103,10 @@ struct Linear {
 int64_t dword_count(WeightKind kind, int64_t k);
 int64_t dense_dwords(WeightKind kind, int64_t n, int64_t k);  // weight_dwords of Layout::dense
 int64_t packed_bytes(const LinearHeader& header);
+// Whether the packed form holds `init`.
+inline bool has_init(const LinearHeader& header) {
+  return static_cast<WeightKind>(header.kind) == WeightKind::s8 && header.input_zero != kOwnZero;
+}
 void write_header(const LinearHeader& header, void* out);
 
 // Reads the header; `bytes` is checked against it. Returns false where this is no packed linear.
@@ -181,6 +187,11 @@ struct Rows {
   int32_t zero;    // of the codes
   int32_t* zeros;  // of each row's codes, where rows have ranges of their own; else null
   int32_t zero_of(int64_t row) const { return zeros ? zeros[row] : zero; }
+  // Ready codes have one zero point.
+  void set_zero(int32_t one) {
+    zero = one;
+    if (zeros) std::fill_n(zeros, rows, one);
+  }
   int64_t begin(int64_t group) const {
     return group * (rows / groups) + (group < rows % groups ? group : rows % groups);
   }

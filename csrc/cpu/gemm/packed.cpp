@@ -57,7 +57,7 @@ int64_t packed_bytes(const LinearHeader& h) {
   if (h.layout == static_cast<int16_t>(Layout::grouped))
     return static_cast<int64_t>(sizeof h) + h.weight_dwords * 4 + groupwise_bytes(h);
   const WeightKind kind = static_cast<WeightKind>(h.kind);
-  const int64_t np = padded(h.n), vectors = kind == WeightKind::s8 ? 4 : 1;
+  const int64_t np = padded(h.n), vectors = (kind == WeightKind::s8 ? 3 : 1) + has_init(h);
   return static_cast<int64_t>(sizeof h) + h.weight_dwords * 4 + index_bytes(h) + table_bytes(h, np / kPanel) +
          vectors * np * 4;
 }
@@ -118,11 +118,11 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
       reinterpret_cast<const uint32_t*>(static_cast<const char*>(linear.table) + table_bytes(header, np / kPanel));
   linear.init = linear.column_sum = nullptr;
   linear.scale = nullptr;
+  if (has_init(header)) linear.init = reinterpret_cast<const int32_t*>(tail), tail += np;
   if (kind == WeightKind::s8) {
-    linear.init = reinterpret_cast<const int32_t*>(tail);
-    linear.column_sum = linear.init + np;
+    linear.column_sum = reinterpret_cast<const int32_t*>(tail);
     linear.scale = reinterpret_cast<const float*>(linear.column_sum + np);
-    tail += 3 * np;
+    tail += 2 * np;
   }
   linear.bias = reinterpret_cast<const float*>(tail);
   linear.input_scale = header.input_scale, linear.input_zero = header.input_zero;
@@ -137,15 +137,18 @@ void write_vectors(const LinearHeader& header, const int32_t* sums, const float*
                    const float* bias, char* tail) {
   const int64_t n = header.n, np = padded(n);
   if (static_cast<WeightKind>(header.kind) == WeightKind::s8) {
-    int32_t* init = reinterpret_cast<int32_t*>(tail);
-    int32_t* column_sum = init + np;
+    if (has_init(header)) {
+      int32_t* init = reinterpret_cast<int32_t*>(tail);
+      for (int64_t i = 0; i < n; ++i) init[i] = -header.input_zero * sums[i];
+      tail += np * 4;
+    }
+    int32_t* column_sum = reinterpret_cast<int32_t*>(tail);
     float* scales = reinterpret_cast<float*>(column_sum + np);
     for (int64_t i = 0; i < n; ++i) {
       column_sum[i] = sums[i];
-      init[i] = -zero_of_init(header.input_zero) * sums[i];
       scales[i] = scale[scale_count == 1 ? 0 : i];
     }
-    tail += 3 * np * 4;
+    tail += 2 * np * 4;
   }
   if (bias && n) std::memcpy(tail, bias, static_cast<size_t>(n) * 4);
 }
