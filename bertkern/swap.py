@@ -104,6 +104,9 @@ def run_by_kernels(
         # Now, because torch.compile must find the packed weights when it traces.
         if isinstance(module, PackedCache) and gpu.runs_on(module.weight_scale.device):
             if isinstance(module, (Int8Linear, GroupwiseLinear)) and module.packable():
+                if isinstance(module, Int8Linear):
+                    record.forms[name] = _form(name, module, known, times, shared, rows)
+                    module.take_form(record.forms[name].form)
                 module.operand()
             continue
         if not isinstance(module, PackedCache) or module.weight_scale.device.type != "cpu" or not module.packable():
@@ -116,7 +119,7 @@ def run_by_kernels(
         # The kernels read the packed copy. Now, because the module may have let go of its codes.
         mapped.release(codes)
     if times is not None:
-        _choose_providers(model, times)
+        _choose_providers(model, times, exact_attention)
         times.save()
     fuse(model, record, keep_padding, exact_attention)
     setattr(model, RECORD, record)
@@ -186,8 +189,8 @@ def _form(
     if given is not None and tuning.fits(given.form, weight):
         return given
     if on_gpu:
-        # There is no operator for sparse codes.
-        choosable = not isinstance(module, Int8Linear)
+        # Kernels of sparse codes round no output.
+        choosable = not isinstance(module, Int8Linear) or not float(module.output_scale)
         return gpu_tuning.choose(weight.detach(), times, at) if choosable else tuning.Choice(DENSE)
     if isinstance(module, Int8Linear):
         codes, scale, bias = weight.detach(), module.weight_scale, module.bias
@@ -198,13 +201,22 @@ def _form(
     return tuning.choose(dense, lambda: pack_linear(dense.contiguous(), None), None, times, at)
 
 
-def _choose_providers(model: nn.Module, times: tuning.Times) -> None:
-    """Has the row operators of models on a GPU computed by whoever is fastest."""
+def _choose_providers(model: nn.Module, times: tuning.Times, exact_attention: bool) -> None:
+    """Has the row operators and the attention of models on a GPU computed by whoever is fastest."""
     norms = [module for module in model.modules() if type(module) is nn.LayerNorm and module.weight is not None]
     known = {(norm.weight.numel(), norm.weight.dtype, norm.weight.device) for norm in norms}
     for width, dtype, device in sorted(known, key=str):
         if device.type == "cuda" and dtype in FLOATS:
             gpu_tuning.choose_providers(width, dtype, device, times)
+    for root in layers.pretrained_roots(model).values():
+        heads, width = (getattr(root.config, name, 0) for name in ("num_attention_heads", "hidden_size"))
+        weight = next(root.parameters(), None)
+        if not heads or weight is None or weight.device.type != "cuda":
+            continue
+        # Beside fp32 attention is bf16, see bertkern.gpu.encoder.
+        half = weight.dtype == torch.float32 and not exact_attention
+        dtype = torch.bfloat16 if half else weight.dtype
+        gpu_tuning.choose_attention(heads, width // heads, dtype, weight.device, times)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

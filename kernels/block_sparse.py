@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from .int8_gemm import _finish
 from .table import PRECISION, Entry
 
 SIDES = (16, 32, 64, 128)
@@ -120,26 +121,33 @@ def multiply(
     tl.store(out, total.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["starts", "inner", "number"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["starts", "inner", "number", "count"])
 def multiply_int8(
-    x, x_scale, starts, inner, number, values, weight_scale, bias, y, T, x_width, y_width, x_stride, y_stride,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+    x, x_scale, x_zero, starts, inner, number, values, weight_scale, weight_sums, bias, residual, count, y,
+    T, x_width, y_width, x_stride, residual_stride, y_stride,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """y = (sum of int8 x int8) * x_scale[row] * weight_scale[column] + bias; scales and bias fp32, y a float dtype."""
+    """y of sums of int8 x int8, finished as int8_gemm.py finishes those of a dense weight, with the same bits.
+
+    x_zero, weight_sums, bias, residual and count may be None; tiles past `count` rows end at once.
+    """
     tiles = tl.cdiv(y_width, BN)
-    tile, rows = tl.program_id(0) % tiles, tl.program_id(0) // tiles * BT + tl.arange(0, BT)
-    live = rows < T
+    tile, top = tl.program_id(0) % tiles, tl.program_id(0) // tiles * BT
+    last = T
+    if count is not None:
+        last = tl.minimum(T, tl.load(count))
+    if top >= last:
+        return
+    rows = top + tl.arange(0, BT)
+    live = rows < last
     total = _sum_of_blocks(
         x, x_stride, rows, live, x_width, starts, inner, number, values, tile, BT, BN, BK, OUT, IN, False, False
     )
     columns = tile * BN + tl.arange(0, BN)
-    inside = columns < y_width
-    result = total.to(tl.float32) * tl.load(x_scale + rows, mask=live, other=0)[:, None]
-    result = result * tl.load(weight_scale + columns, mask=inside, other=0)[None, :]
-    if bias is not None:
-        result += tl.load(bias + columns, mask=inside, other=0)[None, :]
-    out = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
-    tl.store(out, result.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    _finish(
+        tl.trans(total), rows, live, columns, columns < y_width, tile, x_scale, x_zero, weight_scale, weight_sums, bias,
+        residual, y, None, 1, 1, 1, residual_stride, y_stride, 0.0, 0.0, 0, ACTIVATION, False,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["row", "col"])
@@ -347,8 +355,14 @@ def block_sparse_linear_int8(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    *,
+    zero: Tensor | None = None,
+    weight_sums: Tensor | None = None,
+    activation: int = 0,
+    residual: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
-    """y = (codes W^T) * scale[row] * weight_scale[column] + bias, summed in int32; [T, N] in fp32, bf16 or fp16.
+    """y = activation((codes - zero) W^T * (scale[row] * weight_scale[column]) + bias) + residual, summed in int32.
 
     Args:
         codes: int8 [T, K].
@@ -356,22 +370,34 @@ def block_sparse_linear_int8(
         values: int8 [nnzb, br, bc].
         weight_scale: fp32 [N].
         bias: fp32 [N].
+        out_dtype: fp32, bf16 or fp16, of the result [T, N].
+        zero: int32 [T], beside weight_sums int32 [N], the sums of W's rows.
+        activation: see bertkern.nn.activations.
+        residual: [T, N] in any float dtype.
+        count: int32 [1], how many rows are wanted; the others are not written.
     """
     codes = _rows_of(codes)
     tokens, width = codes.shape[0], index.shape[0]
     y = codes.new_empty(tokens, width, dtype=out_dtype)
     if tokens == 0 or width == 0:
         return y
+    residual = None if residual is None else _rows_of(residual)
     lists = index.forward
     tile = multiply_tile(torch.int8, lists.out_block, lists.in_block, tokens)
     grid = (triton.cdiv(tokens, tile.rows) * triton.cdiv(width, tile.columns),)
     with _on(codes):
         multiply_int8[grid](
-            codes, scale, lists.starts, lists.inner, lists.number, values.contiguous(), weight_scale, bias, y,
-            tokens, codes.shape[1], width, codes.stride(0), width,
-            **_multiply_constants(tile, lists.out_block, lists.in_block), **tile.options,
+            codes, scale, zero, lists.starts, lists.inner, lists.number, values.contiguous(), weight_scale,
+            None if zero is None else weight_sums, bias, residual, count, y,
+            tokens, codes.shape[1], width, codes.stride(0), 0 if residual is None else residual.stride(0), width,
+            **_multiply_constants(tile, lists.out_block, lists.in_block), ACTIVATION=activation, **_exact(tile),
         )  # fmt: skip
     return y
+
+
+def _exact(tile: Tile) -> dict[str, Any]:
+    # What is made of exact sums is rounded operation by operation, as on a processor.
+    return {**tile.options, "enable_fp_fusion": False}
 
 
 # --- what is compiled ---------------------------------------------------------------------------------------------
@@ -430,16 +456,22 @@ def _multiply_entry(dtype: torch.dtype, block: tuple[int, int], tokens: int, tra
     )
 
 
-def _int8_entry(block: tuple[int, int], tokens: int, out: torch.dtype) -> Entry:
+def _int8_entry(block: tuple[int, int], tokens: int, out: torch.dtype, activation: int | None = None) -> Entry:
+    """With an activation also with all else that may be None."""
     tile = multiply_tile(torch.int8, *block, tokens)
-    floats = dict.fromkeys(("x_scale", "weight_scale", "bias"), "*fp32")
+    pointers = {**dict.fromkeys(("x_scale", "weight_scale", "bias"), "*fp32"), "x": "*i8", "values": "*i8"}
+    pointers["y"] = f"*{TYPES[out]}"
+    optional = {"x_zero": "*i32", "weight_sums": "*i32", "residual": f"*{TYPES[out]}"}
+    pointers |= {} if activation is None else optional
+    count = {} if activation is None else {"count": "*i32"}
+    lacking = dict.fromkeys((*optional, "count")) if activation is None else {}
     return Entry(
-        name=f"linear_int8-{TYPES[out]}-{block[0]}x{block[1]}-{tile.rows}",
+        name=f"linear_int8-{TYPES[out]}-{block[0]}x{block[1]}-{'' if activation is None else 'all-'}{tile.rows}",
         function=multiply_int8,
-        signature={**_LISTS, **_SIZES, **floats, "x": "*i8", "values": "*i8", "y": f"*{TYPES[out]}"},
-        constexprs=_multiply_constants(tile, *block),
-        options=tile.options,
-        aligned=("x", "values", *floats, "y", "x_stride", "y_stride", "x_width", "y_width"),
+        signature={**_LISTS, **_SIZES, "residual_stride": "i32", **pointers, **count},
+        constexprs={**_multiply_constants(tile, *block), **lacking, "ACTIVATION": activation or 0},
+        options=_exact(tile),
+        aligned=(*pointers, "x_stride", "y_stride", "residual_stride", "x_width", "y_width"),
         opcodes=_opcodes(torch.int8, tile),
         shapes=_shapes(block),
     )
@@ -466,7 +498,7 @@ def _sampled_entry(dtype: torch.dtype, block: tuple[int, int]) -> Entry:
 
 def _odd(entry: Entry) -> Entry:
     """`entry` for widths that are no multiples of 16: the narrow loads need the most registers."""
-    sizes = ("x_width", "y_width", "N", "K", "x_stride", "y_stride", "dy_stride")
+    sizes = ("x_width", "y_width", "N", "K", "x_stride", "y_stride", "dy_stride", "residual_stride")
     aligned = tuple(name for name in entry.aligned if name not in sizes)
     return replace(entry, name=f"{entry.name}-odd", aligned=aligned, shapes=(), fetches_ahead=False)
 
@@ -485,6 +517,8 @@ def _table() -> tuple[Entry, ...]:
         *(_multiply_entry(single, block, few, transposed=True) for block in ((32, 32), (128, 128))),
         *(_int8_entry(block, many, half) for block in squares),
         _int8_entry((16, 64), few, bfloat),
+        _int8_entry((32, 32), few, half, activation=1),
+        _int8_entry((128, 128), many, bfloat, activation=1),
         *(_int8_entry(block, 16, single) for block in ((16, 16), (128, 128))),
         *(_sampled_entry(half, block) for block in (*squares, (32, 64))),
         _sampled_entry(bfloat, (128, 64)),

@@ -359,6 +359,7 @@ class Tile(NamedTuple):
 
 
 SMALL = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}  # of passes over rows and partial sums
+QUANTIZE = {**SMALL, "enable_fp_fusion": False}  # rounded apart, or codes were others than the CPU's
 ADD_ROWS, ADD_FEATURES, SUM_ROWS = 16, 64, 8
 
 
@@ -487,7 +488,7 @@ def quantize_activations(x: Tensor, groups: int = 0, group: int = 0, step: float
         with _on(x):
             quantize[(tokens,)](
                 rows, codes, scale, zero, sums, tokens, k, groups, group, rows.stride(0), codes.stride(0), float(step),
-                zero_point - 128, BLOCK=_block(group), OWN=own, STATIC=step > 0, **SMALL,
+                zero_point - 128, BLOCK=_block(group), OWN=own, STATIC=step > 0, **QUANTIZE,
             )  # fmt: skip
     return Codes(codes, scale, zero, sums)
 
@@ -665,7 +666,7 @@ def _pass_entries() -> list[Entry]:
             signature={**rows, **sizes, "step": "fp32"},
             constexprs={"BLOCK": 64, "OWN": True, "STATIC": False},
             aligned=(*rows, "K", "x_stride", "code_stride"),
-            **common,
+            **common | {"options": QUANTIZE},
         )
     )
     made.append(

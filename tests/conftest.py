@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,53 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Read when torch is imported: threads that wait do not spin, or tests that run side by side hold each other up.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    card = parser.getgroup("a card")
+    card.addoption("--shard", metavar="I/N", help="every N-th test from the I-th on, a JSON line before and after each")
+    card.addoption("--done", action="append", default=[], metavar="TEST", help="leave out one of the shard's")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--shard"):
+        config.pluginmanager.register(_Shard(*map(int, config.getoption("--shard").split("/")), config))
+
+
+class _Shard:
+    """Runs a share of the tests and tells what each says, for benchmarks/gpu/checks.py; needs -s to be heard."""
+
+    def __init__(self, number: int, shards: int, config: pytest.Config) -> None:
+        self.number, self.shards, self.done = number, shards, set(config.getoption("--done"))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items[self.number :: self.shards] if item.nodeid not in self.done]
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        print("\n" + json.dumps({"at": nodeid}), flush=True)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        said = "ok" if report.passed else report.longreprtext[-2000:]
+        if report.skipped:
+            said = f"skipped: {report.longrepr[2] if isinstance(report.longrepr, tuple) else said}"
+        print("\n" + json.dumps({"case": report.nodeid, "said": said}), flush=True)
+        if report.failed and _card() and _lost():
+            os._exit(3)
+
+
+def _lost() -> bool:
+    """Whether the card answers this process no more, as after a read outside of what is allocated."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -180,28 +181,86 @@ def test_the_sections_fit_the_nine_minutes():
 # --- smoke and sanitizer ---------------------------------------------------------------------------------------------
 
 
-def test_a_kernel_that_hangs_costs_a_row(tmp_path):
+FAKE_CASES = """
+import json, os, sys, time
+done = sys.argv[1:]
+def say(**line): print(json.dumps(line), flush=True)
+wrong = 0
+print("a library's banner")
+for case in ("mul-1x2", "mul-3x4", "hangs-1", "crashes-1", "add-7", "add-8"):
+    if case in done: continue
+    say(at=case)
+    if case == "hangs-1": time.sleep(600)
+    if case == "crashes-1": os.kill(os.getpid(), 11)
+    wrong += case == "mul-3x4"
+    say(case=case, said="ok" if case != "mul-3x4" else "Traceback\\nAssertionError: differs")
+sys.exit(wrong > 0)
+"""
+
+
+def group_of(code: str, name: str = "fake") -> checks.Group:
+    return checks.Group(name, lambda done: [*python(code), *done])
+
+
+def test_a_case_that_hangs_or_crashes_costs_itself(tmp_path):
     context = context_of(tmp_path)
-    kernels = [
-        checks.Kernel("good", python("")),
-        checks.Kernel("hangs", python("import time; time.sleep(600)")),
-        checks.Kernel("wrong", python("import sys; sys.exit('differs')")),
-    ]
-    assert checks.smoke(context, kernels, seconds=4)
+    broken = group_of("import sys; sys.exit('no such module')", "broken")
+    assert checks.smoke(context, [group_of(FAKE_CASES), broken], silence=2)
     found = {row.provider: row for row in load(tmp_path / "gpu-ops.json").rows}
-    assert {name: row.median for name, row in found.items()} == {"good": 1, "hangs": 0, "wrong": 0}
-    assert "killed" in found["hangs"].config["said"] and "differs" in found["wrong"].config["said"]
+    assert {name: row.median for name, row in found.items()} == {
+        "fake mul": 0, "fake hangs": 0, "fake crashes": 0, "fake add": 1, "broken before anything": 0,
+    }  # fmt: skip
+    assert "killed" in found["fake hangs"].config["said"] and "-11" in found["fake crashes"].config["said"]
+    assert (
+        found["fake mul"].config.items() >= {"cases": 2, "wrong": 1, "said": "mul-3x4: AssertionError: differs"}.items()
+    )
+    assert "no such module" in found["broken before anything"].config["said"]
 
 
 def test_smoke_without_time(tmp_path):
     context = context_of(tmp_path, seconds=1)
-    assert not checks.smoke(context, [checks.Kernel("good", python(""))])
-    assert context.run.facts["missed"] == ["good"]
+    assert not checks.smoke(context, [group_of(FAKE_CASES)]) and not context.run.rows
 
 
-def test_cases_of_a_kernel_share_a_process():
+def test_a_child_that_dies_at_once_is_not_begun_for_ever(tmp_path):
+    begun = tmp_path / "begun"
+    code = f"import os; open({str(begun)!r}, 'a').write('x'); os.kill(os.getpid(), 11)"
+    assert checks.case_by_case(group_of(code), lambda: 60.0) == {"before anything": "exit status -11"}
+    assert begun.read_text() == "x"
+
+
+def test_cases_of_a_kernel_share_a_row():
     cases = ["linear-fp16-16x16-128-64x32x48", "linear-fp16-16x16-128-1x17x19", "attend-fp16-64-1", "dead_blocks"]
     assert checks.grouped(cases) == ["linear-fp16-16x16-128", "attend-fp16-64", "dead_blocks"]
+    assert checks.grouped(["tests/a.py::test_b[1-2]", "tests/a.py::test_b[3]"]) == ["tests/a.py::test_b"]
+
+
+def test_every_case_of_a_script_is_in_one_child(tmp_path):
+    context = context_of(tmp_path)
+    (script,) = (path for path in checks.scripts() if path.name == "interpret_int8_gemm.py")
+    _, cases = checks._listed(script)
+    groups = checks.kernels(context, [script])
+    commands = [group.command([]) for group in groups]
+    names = [name for words in commands for option, name in itertools.pairwise(words) if option == "--only"]
+    assert len(cases) > 30 and not context.run.absent
+    assert sorted(names) == sorted(checks.grouped(cases)) and len(groups) == -(-len(names) // checks.MOST_NAMES)
+    assert groups[0].command(["a"])[-2:] == ["--skip", "a"]
+
+
+def test_tests_for_a_card_are_dealt_out(tmp_path):
+    """Where there is no card all are skipped, each in one of the children."""
+    files = ["tests/cuda/test_rowwise_on_card.py"]
+    found = [checks.case_by_case(group, lambda: 300.0) for group in checks.sharded("cuda", files, 2)]
+    assert all(found) and not set(found[0]) & set(found[1])
+    assert abs(len(found[0]) - len(found[1])) <= 1 and len(found[0]) + len(found[1]) > 50
+    if not torch.cuda.is_available():
+        assert all(text == "skipped: Skipped: no NVIDIA card here" for part in found for text in part.values())
+    assert set(checks.marked(["tests/cuda"])) >= {
+        "tests/cuda/test_attention.py", "tests/cuda/test_rowwise_on_card.py", "tests/cuda/test_sparse_on_card.py",
+    }  # fmt: skip
+    assert {"tests/ops/test_varlen.py", "tests/gpu/test_cuda.py", "tests/nn/test_block_sparse.py"} <= set(
+        checks.marked(["tests"])
+    )
 
 
 def test_the_scripts_are_found():
@@ -229,15 +288,40 @@ def test_what_the_sanitizer_says(tmp_path, monkeypatch):
     assert "Invalid __global__ read" in found["memcheck b"].config["said"]
 
 
+def test_what_takes_too_long_under_a_sanitizer_is_not_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "sanitized", lambda tool, path: [
+        checks.Kernel(f"{tool} slow", python("import time; time.sleep(600)")), checks.Kernel(f"{tool} a", python("")),
+    ])  # fmt: skip
+    context = context_of(tmp_path, seconds=4)
+    assert not checks.sanitizer(context, "compute-sanitizer")
+    assert sorted(context.run.facts["missed"]) == ["memcheck slow", "racecheck slow"]
+    assert {row.provider: row.median for row in context.run.rows} == {"memcheck a": 1, "racecheck a": 1}
+
+
 def test_pytest_is_counted(tmp_path):
+    """By the hooks of tests/conftest.py; one test ends the whole child."""
     path = tmp_path / "test_it.py"
-    path.write_text("def test_a(): pass\ndef test_b(): assert False\n")
+    path.write_text(
+        "import os, pytest\n"
+        "def test_a(): print('said')\n"
+        "def test_b(): assert False\n"
+        "def test_c(): os._exit(7)\n"
+        "def test_d(): pytest.skip('not here')\n"
+        "@pytest.fixture\n"
+        "def broken(): raise KeyError('broken')\n"
+        "def test_e(broken): pass\n"
+    )
+    hooks = ["-p", "tests.conftest", "-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
+
+    def command(done):
+        return [sys.executable, "-m", "pytest", "-s", "-q", *hooks, "--shard=0/1", str(path),
+                *(f"--done={test}" for test in done)]  # fmt: skip
+
     context = context_of(tmp_path)
-    assert checks.tests(context, ["-c", os.devnull, "--rootdir", str(tmp_path), str(path)])
-    assert {row.x_value: row.median for row in context.run.rows} == {
-        "tests": 2, "failures": 1, "errors": 0, "skipped": 0,
-    }  # fmt: skip
-    assert any("test_b" in name for name in context.run.absent)
+    assert checks.tests(context, [checks.Group("tests", command)])
+    assert {row.x_value: row.median for row in context.run.rows} == {"tests": 5, "failures": 3, "skipped": 1}
+    assert {name.rpartition("::")[2] for name in context.run.absent} == {"test_b", "test_c", "test_e"}
+    assert "exit status 7" in next(text for name, text in context.run.absent.items() if "test_c" in name)
 
 
 # --- the card --------------------------------------------------------------------------------------------------------

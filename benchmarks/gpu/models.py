@@ -28,12 +28,13 @@ FEED_FORWARD_GONE, HEADS_GONE = 0.65, 0.5
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to run the model: `make(model)` may change it."""
+    """A way to run the model: `make(model)` may change it; one that is `compiled` takes minutes to get ready."""
 
     name: str
     make: Callable[[Any], Any]
     floor_db: float = 30.0
     dtype: torch.dtype = torch.bfloat16
+    compiled: bool = False
 
 
 def _accelerated(model: Any) -> Any:
@@ -67,7 +68,7 @@ ENGINES = (
     Engine("bertkern-fp16", _accelerated, 40.0, torch.float16),
     Engine("torch-eager-bf16", lambda model: model),
     Engine("torch-eager-fp16", lambda model: model, 40.0, torch.float16),
-    Engine("torch-compile-bf16", _compiled),
+    Engine("torch-compile-bf16", _compiled, compiled=True),
 )
 
 
@@ -116,25 +117,31 @@ def job(
 ) -> None:
     """Measures; `skip` as of ops.job, `only` and `engines` by name."""
     clock, skip = clock_of(device), set(skip)
-    for x, (batch, tokens, padding, pruned) in CASES.items():
-        if x in skip or x not in only:
-            continue
-        say(at=f"{x}|")
-        whole, given = bert(layers, pruned, hidden, heads), batch_of(batch, tokens, padding, device)
-        with torch.inference_mode():
-            expected = copy.deepcopy(whole).float().to(device)(**given).last_hidden_state.double()
-        runs: dict[str, Callable[[], Any]] = {}
-        for engine in ENGINES:
-            if engine.name not in engines or f"{x}|{engine.name}" in skip:
+    asked = [x for x in CASES if x in only]
+    known: dict[str, dict[str, Samples]] = {}
+    # What has to be compiled comes when all else is measured: it may use up the time.
+    for compiled in (False, True):
+        for x in asked:
+            name = f"{x}+compiled" if compiled else x
+            here = [e for e in ENGINES if e.compiled == compiled and e.name in engines and f"{x}|{e.name}" not in skip]
+            if not here or name in skip:
                 continue
-            say(at=f"{x}|{engine.name}")
-            try:
-                runs[engine.name] = _ready(engine, whole, given, expected, device)
-            except Exception as error:  # whatever an engine raises is said, and costs its column alone
-                text = (str(error).splitlines() or [""])[0][:300]
-                say(absent={f"model {engine.name}": f"{x}: {type(error).__name__}: {text}"})
-        _measure(say, clock, x, runs, rounds, calls)
-        say(at=f"{x}|", finished=x)
+            batch, tokens, padding, pruned = CASES[x]
+            say(at=f"{x}|")
+            whole, given = bert(layers, pruned, hidden, heads), batch_of(batch, tokens, padding, device)
+            with torch.inference_mode():
+                expected = copy.deepcopy(whole).float().to(device)(**given).last_hidden_state.double()
+            runs: dict[str, Callable[[], Any]] = {}
+            for engine in here:
+                say(at=f"{x}|{engine.name}")
+                try:
+                    runs[engine.name] = _ready(engine, whole, given, expected, device)
+                except Exception as error:  # whatever an engine raises is said, and costs its column alone
+                    text = (str(error).splitlines() or [""])[0][:300]
+                    say(absent={f"model {engine.name}": f"{x}: {type(error).__name__}: {text}"})
+            known.setdefault(x, {})
+            _measure(say, clock, x, runs, rounds, calls, known[x])
+            say(at=f"{x}|", finished=name)
 
 
 def _ready(engine: Engine, whole: Any, given: dict, expected: torch.Tensor, device: str) -> Callable[[], Any]:
@@ -154,7 +161,10 @@ def _ready(engine: Engine, whole: Any, given: dict, expected: torch.Tensor, devi
     return run
 
 
-def _measure(say: Any, clock: Any, x: str, runs: dict[str, Callable], rounds: int, calls: int) -> None:
+def _measure(
+    say: Any, clock: Any, x: str, runs: dict[str, Callable], rounds: int, calls: int, known: dict[str, Samples]
+) -> None:
+    """Rows of `runs`, which become known; ratios of them and of what was known before."""
     samples: dict[str, Samples] = {name: Samples() for name in runs}
     for number in range(rounds):
         names = list(runs)
@@ -170,10 +180,13 @@ def _measure(say: Any, clock: Any, x: str, runs: dict[str, Callable], rounds: in
         if not name.startswith("torch-compile"):  # which replays a graph of its own
             say(at=f"{x}|{name} captured")
             _captured_rows(say, clock, x, name, runs[name], rounds)
-    for fast in samples:
-        for slow in samples:
-            if fast.startswith("bertkern") and not slow.startswith("bertkern"):
-                say.row("model", f"{slow} / {fast}", "ratio", (AXIS, x), ratio(samples[slow], samples[fast]))
+    before, every = set(known), known | samples
+    for fast in every:
+        for slow in every:
+            new = fast not in before or slow not in before
+            if new and fast.startswith("bertkern") and not slow.startswith("bertkern"):
+                say.row("model", f"{slow} / {fast}", "ratio", (AXIS, x), ratio(every[slow], every[fast]))
+    known |= samples
 
 
 def _captured_rows(say: Any, clock: Any, x: str, name: str, run: Callable[[], Any], rounds: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,13 +84,19 @@ def sparse(case: Case, device: str, m: int, n: int, k: int, block: int, zeros: f
     return Problem(case, device, given, expected, m * n * k, 2 * (m * k + n * k + m * n), {"kept_macs": left})
 
 
-def groupwise(case: Case, device: str, m: int, n: int, k: int, bits: int, group: int) -> Problem:
-    """Codes in groups along K, asymmetric, beside fp16 activations; `weight` is what they stand for."""
+@functools.lru_cache(maxsize=1)
+def _low_bits(n: int, k: int, bits: int, group: int, device: str) -> tuple[Any, Tensor]:
+    """Codes and what they stand for; kept, for it takes a second and is the same for any number of rows."""
     from bertkern.formats.groupwise import quantize_groupwise
 
-    x, weight, bias = _linear_of(m, n, k, device)
-    codes = quantize_groupwise(weight.cpu(), bits, group, "k")
-    weight = codes.dequantize(torch.float32).to(device).half()
+    codes = quantize_groupwise(_linear_of(0, n, k, device)[1].cpu(), bits, group, "k").to(device)
+    return codes, codes.dequantize(torch.float32).half()
+
+
+def groupwise(case: Case, device: str, m: int, n: int, k: int, bits: int, group: int) -> Problem:
+    """Codes in groups along K, asymmetric, beside fp16 activations; `weight` is what they stand for."""
+    codes, weight = _low_bits(n, k, bits, group, device)
+    x, _, bias = _linear_of(m, n, k, device)
     expected = F.linear(x.half().double(), weight.double(), bias.double())
     given = {"x": x.half(), "weight": weight, "bias": bias, "codes": codes, "bits": bits, "group": group}
     return Problem(case, device, given, expected, m * n * k, n * k * bits / 8 + 2 * (m * k + m * n))

@@ -215,21 +215,7 @@ def _ours_groupwise(p: Problem) -> Made:
     from bertkern.ops.groupwise_triton import groupwise_linear_cuda
 
     planes = pack_for_triton(p.codes)
-    planes = moved(planes, p.device)
     return (planes, p.bias), lambda w: groupwise_linear_cuda(p.x, *w, quantized=False)
-
-
-def moved(value: Any, device: str) -> Any:
-    """A dataclass with its tensors, also those in lists, on a device."""
-    import dataclasses
-
-    def to(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return part.to(device)
-        return [to(one) for one in part] if isinstance(part, list) else part
-
-    names = [field.name for field in dataclasses.fields(value) if field.init]
-    return dataclasses.replace(value, **{name: to(getattr(value, name)) for name in names})
 
 
 def _torch_int4(p: Problem) -> Made:

@@ -49,7 +49,7 @@ def profile(context: Context) -> bool:
 
 
 SECTIONS = (
-    Section("smoke", 100.0, "each kernel in a process of its own", checks.smoke),
+    Section("smoke", 100.0, "each kernel, and what the CUDA library has", checks.smoke),
     Section("tests", 90.0, "pytest -m gpu", checks.tests),
     Section("sanitizer", 70.0, "compute-sanitizer", checks.sanitizer),
     Section("ops", 165.0, "peaks, and operators beside peers", ops),

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.block_sparse import block_sparse_linear
+from ..formats.bsr import BsrWeight
+from ..ops.block_sparse import block_index, block_sparse_linear
+from ..ops.block_sparse_int8 import block_sparse_linear_int8
 from ..ops.groupwise_planes import GroupwisePlanes
 from ..ops.groupwise_triton import groupwise_linear_cuda
 from ..ops.int8_triton import int8_linear_cuda, int8_requantize_cuda, pack_int8_weight
@@ -158,6 +160,36 @@ class BlockSparse(Linear):
         assert x.values is not None
         y = block_sparse_linear(x.values.to(self.values.dtype), self.values, self.index, self.out_features, self.bias)
         return _ACTIVATIONS[activation](y).to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparseInt8(Linear):
+    """The nonzero blocks of int8 codes; without an activation it gives the bits that `Int8` gives of all codes."""
+
+    values: Tensor
+    index: Tensor
+    scale: Tensor
+    sums: Tensor
+    bias: Tensor | None
+    grid: Grid
+    name = "block-sparse int8"
+
+    @classmethod
+    def of(cls, blocks: BsrWeight, scale: Tensor, bias: Tensor | None, grid: Grid) -> BlockSparseInt8:
+        """Of codes [N, K] as their blocks and scales [N] or [1]."""
+        sums = blocks.to_dense().sum(1, dtype=torch.int32)
+        return cls(blocks.values, block_index(blocks), scale.expand(blocks.shape[0]).contiguous(), sums, bias, grid)
+
+    @property
+    def width(self) -> int:
+        return self.scale.shape[0]
+
+    def __call__(self, x: Rows, dtype: torch.dtype, activation: int = 0) -> Tensor:
+        codes, scale, zero = x.codes(self.grid)
+        return block_sparse_linear_int8(
+            codes, scale, self.values, self.scale, self.index, self.width, self.bias, zero=zero,
+            column_sum=None if zero is None else self.sums, activation=activation, out_dtype=dtype, count=x.live,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,9 +166,16 @@ def embed(ids: Sequence[Tensor], tables: Sequence[Tensor], scales: Sequence[Tens
     return embed_cuda(ids, tables, scales, weight, bias, norm.eps, weight.dtype)
 
 
-@functools.lru_cache(maxsize=64)
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[value] on `device`, made there once."""
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        # Memory of the graph's, which is not filled before it runs, and may go with it.
+        return torch.full((1,), value, dtype=dtype, device=device)
+    return _kept(value, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((1,), value, dtype=dtype, device=device)
 
 

@@ -15,11 +15,11 @@ from .. import (
 from ..config import GroupwiseConfig, Int8Config
 from ..formats.bsr import BsrWeight
 from ..formats.int8 import quantize_weight, static_step
-from ..gpu.linears import Int8
+from ..gpu.linears import BlockSparseInt8, Int8
 from ..gpu.rows import Rows
 from .linear import FLOATS
 from .packing import PackedCache, lean, needs_grad
-from .sparse import DENSE, Form, pack_blocks
+from .sparse import DENSE, GPU_SIDES, Form, pack_blocks
 
 _linear = lean(torch.ops.bertkern.linear.default)
 # Weights that are converted at a time: some megabytes of temporaries beside a model, whatever its widths.
@@ -349,10 +349,14 @@ class Int8Linear(PackedCache, _Int8Weight):
             return pack_blocks(self.blocks(), self.form, scale, bias, *static)
         return torch.ops.bertkern.pack_qlinear.default(codes.contiguous(), scale, bias, *static)
 
-    def _make_operand(self) -> Int8:
+    def _make_operand(self) -> Int8 | BlockSparseInt8:
         _, scale, bias, step, zero, out = self._sources()
         # Steps are read here, once: at every call that would wait for the GPU.
-        return Int8.of(self.weight_codes, scale, bias, (float(step), int(zero)), float(out))
+        grid, output_scale = (float(step), int(zero)), float(out)
+        # Smaller blocks leave tensor cores idle, and those of blocks round no output.
+        if self.form.rows in GPU_SIDES and self.form.columns in GPU_SIDES and not output_scale:
+            return BlockSparseInt8.of(self.blocks(), scale, bias, grid)
+        return Int8.of(self.weight_codes, scale, bias, grid, output_scale)
 
     def _plain(self, x: Tensor) -> Tensor:
         bias = self.bias

@@ -3,7 +3,8 @@
     attention_packed_cuda    out = factor * softmax(scale q k^T + bias) v, a sequence and a head at a time
 
 Masked positions whose hidden states are wanted follow a sequence's keys as queries alone. On CUDA it is the kernel
-`attend` of kernels/attention_forward.py, elsewhere plain PyTorch; see `attention_triton` for both.
+`attend` of kernels/attention_forward.py, or that of csrc/cuda/attention where it was found to be faster, elsewhere plain
+PyTorch; see `attention_triton` for all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_triton
+from . import attention_triton, providers
 from .block_sparse import _expect
 
 OP = "attention_packed_cuda"
@@ -33,6 +34,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, asked: attent
         fits = counts.dtype == torch.int32 and counts.shape == (sequences,)
         _expect(OP, "counts", f"int32 of shape [sequences] = [{sequences}]", said, fits)
         _expect(OP, "counts", f"on {q.device}", counts.device, counts.device == q.device)
+
+
+def kind(q: Tensor) -> tuple[int, torch.dtype]:
+    """By what a provider is chosen for a q [T, H, d]: d and dtype."""
+    return q.shape[-1], q.dtype
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, asked: attention_triton._Asked) -> Tensor:
@@ -63,6 +69,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, asked: attent
 def _attention(q, k, v, cu_seqlens, counts, head_mask, bias, max_length, scale):
     asked = _asked(cu_seqlens, head_mask, bias, max_length, scale)
     _check(q, k, v, counts, asked)
+    if providers.provider(OP, q.device, kind(q)) == providers.CUDA and attention_triton._cuda_fits(q, scale):
+        return attention_triton._cuda_forward(q, k, v, asked, counts)[0]
     found = attention_triton._triton_for(q)
     if found is None:
         return _plain(q, k, v, counts, asked)

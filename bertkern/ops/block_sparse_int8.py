@@ -1,11 +1,11 @@
 """A linear layer of int8 codes in kept blocks, on a GPU, as an operator that torch.compile knows.
 
     block_sparse_linear_int8    y = activation(sum + b) + residual
-    sum[t, n] = (sum of codes[t, k] w[n, k] - zero[t] * column_sum[n]) * scale[t] * weight_scale[n]
+    sum[t, n] = (sum of codes[t, k] w[n, k] - zero[t] * column_sum[n]) * (scale[t] * weight_scale[n])
 
-Sums are exact integers, so every kernel gives the same, however many rows there are: Triton's
-(kernels/block_sparse.py), the CUDA library's (csrc/cuda/block_sparse), as bertkern/ops/linear_providers.py chooses, or
-plain PyTorch, which is everything else. What follows the sums may be rounded otherwise in the last bit.
+Sums are exact integers, and what follows is rounded operation by operation: without an activation every kernel gives
+the bits of `int8_linear_cuda`, however many rows there are. They are Triton's (kernels/block_sparse.py) or the CUDA
+library's (csrc/cuda/block_sparse), as bertkern/ops/linear_providers.py chooses, or plain PyTorch, which is all else.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class _Call(NamedTuple):
     activation: int
     residual: Tensor | None
     out_dtype: torch.dtype
+    count: Tensor | None = None
     provider: int = providers.AUTO
 
 
@@ -58,6 +59,7 @@ def _check(call: _Call) -> None:
         ("weight_scale", call.weight_scale, torch.float32, n),
         ("column_sum", call.column_sum, torch.int32, n),
         ("bias", call.bias, torch.float32, n),
+        ("count", call.count, torch.int32, 1),
     )
     for name, tensor, dtype, count in wanted:
         if tensor is not None:
@@ -77,43 +79,39 @@ def _check(call: _Call) -> None:
             _expect(OP, "all tensors", f"on {codes.device}", tensor.device, tensor.device == codes.device)
 
 
-def _finish(call: _Call, y: Tensor) -> Tensor:
-    """Zero point, bias, activation and residual of y fp32 [T, N], sums times both scales."""
-    if call.zero is not None:
-        y = y - (call.zero * call.scale).view(-1, 1) * (call.column_sum * call.weight_scale)
-    if call.bias is not None:
-        y = y + call.bias
-    y = _ACTIVATIONS[call.activation](y)
-    return y if call.residual is None else y + call.residual.reshape(y.shape).float()
-
-
 def _plain(call: _Call, pattern: _Pattern) -> Tensor:
+    """y fp32 [T, N]."""
     n, k = pattern.shape
     br, bc = pattern.block
     down, across = pattern.crow.numel() - 1, pattern.ccol.numel() - 1
     dense = torch.zeros(down, across, br, bc, dtype=torch.float64, device=call.values.device)
     dense[pattern.row.long(), pattern.col.long()] = call.values.double()
     dense = dense.transpose(1, 2).reshape(down * br, across * bc)[:n, :k]
+    # Below 2^53 float64 adds whole numbers exactly.
     whole = call.codes.reshape(-1, k).double() @ dense.T
-    return _finish(call, whole.float() * call.scale.view(-1, 1) * call.weight_scale)
+    if call.zero is not None:
+        whole = whole - call.zero.view(-1, 1).double() * call.column_sum.double()
+    y = whole.float() * (call.scale.view(-1, 1) * call.weight_scale)
+    y = _ACTIVATIONS[call.activation](y if call.bias is None else y + call.bias)
+    return y if call.residual is None else y + call.residual.reshape(y.shape).float()
 
 
 def _by_triton(found: ModuleType, call: _Call, pattern: _Pattern) -> Tensor:
-    codes, scale = call.codes.reshape(-1, pattern.shape[1]), call.scale.reshape(-1)
-    plain = call.zero is None and not call.activation and call.residual is None
-    y = found.block_sparse_linear_int8(
-        codes, scale, _weight_index(found, pattern), call.values, call.weight_scale, call.bias if plain else None,
-        call.out_dtype if plain else torch.float32,
+    codes, (n, k) = call.codes, pattern.shape
+    return found.block_sparse_linear_int8(
+        codes.reshape(-1, k), call.scale.reshape(-1), _weight_index(found, pattern), call.values, call.weight_scale,
+        call.bias, call.out_dtype, zero=None if call.zero is None else call.zero.reshape(-1),
+        weight_sums=call.column_sum, activation=call.activation,
+        residual=None if call.residual is None else call.residual.reshape(-1, n), count=call.count,
     )  # fmt: skip
-    return y if plain else _finish(call, y)
 
 
 @torch.library.custom_op(
     "bertkern::block_sparse_linear_int8",
     mutates_args=(),
     schema="(Tensor codes, Tensor scale, Tensor? zero, Tensor values, Tensor weight_scale, Tensor? column_sum, "
-    "Tensor? bias, Tensor index, int n, int activation, Tensor? residual, ScalarType out_dtype, int provider=0) "
-    "-> Tensor",
+    "Tensor? bias, Tensor index, int n, int activation, Tensor? residual, ScalarType out_dtype, Tensor? count=None, "
+    "int provider=0) -> Tensor",
 )
 def _linear(*arguments):
     call = _Call(*arguments)
@@ -133,8 +131,9 @@ def _linear(*arguments):
 
 @providers.fake("block_sparse_linear_int8_mma")
 def _(
-    codes, scale, zero, values, weight_scale, column_sum, bias, index, n, activation=0, residual=None, out_dtype=None
-):
+    codes, scale, zero, values, weight_scale, column_sum, bias, index, n, activation=0, residual=None, out_dtype=None,
+    count=None,
+):  # fmt: skip
     return codes.new_empty(*codes.shape[:-1], n, dtype=out_dtype or torch.float32)
 
 
@@ -159,6 +158,7 @@ def block_sparse_linear_int8(
     activation: int = 0,
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    count: Tensor | None = None,
     provider: str = "auto",
 ) -> Tensor:
     """activation(x W^T + b) + residual, [..., N], of x = (codes - zero) * scale and a W of codes in kept blocks.
@@ -175,6 +175,7 @@ def block_sparse_linear_int8(
         column_sum: int32 [N], the sum of each row of W's codes, beside `zero`.
         activation: see bertkern.nn.activations.
         residual: [..., N] in any float dtype.
+        count: int32 [1], how many of the rows are wanted: what the others hold afterwards is not said. None: all.
         provider: on a GPU, see bertkern.ops.linear_providers.
 
     Raises:
@@ -189,5 +190,5 @@ def block_sparse_linear_int8(
     """
     return torch.ops.bertkern.block_sparse_linear_int8.default(
         codes, scale, zero, values, weight_scale, column_sum, bias, index, out_features, activation, residual,
-        out_dtype, providers.provider_code(provider),
+        out_dtype, count, providers.provider_code(provider),
     )  # fmt: skip

@@ -1,12 +1,13 @@
 """Who computes an operator on a GPU: a Triton kernel, a CUDA kernel of the compiled library, or plain PyTorch.
 
 Triton's is the default. Where there is a CUDA twin, `bertkern.gpu_tuning` measures both on the user's card and tells
-the faster one here, by operator, device and width of a row: never by the number of rows, on which no bits may depend.
+the faster one here, by operator, device and width of a row (of attention: features of a head, and dtype): never by the
+number of rows, on which no bits may depend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,8 +19,9 @@ TWINS = {
     "add_layernorm_cuda": "add_layernorm_live",
     "add_layernorm_quantize_cuda": "add_layernorm_codes",
     "embed_cuda": "embed",
+    "attention_packed_cuda": "attention_cuda_forward",
 }
-_chosen: dict[tuple[str, torch.device, int], str] = {}
+_chosen: dict[tuple[str, torch.device, Hashable], str] = {}
 
 
 def available(op: str) -> tuple[str, ...]:
@@ -30,12 +32,12 @@ def available(op: str) -> tuple[str, ...]:
     return (TRITON, CUDA, TORCH) if there else (TRITON, TORCH)
 
 
-def provider(op: str, device: torch.device, width: int) -> str:
+def provider(op: str, device: torch.device, width: Hashable) -> str:
     """Who computes `op` for rows of a width."""
     return _chosen.get((op, device, width), TRITON)
 
 
-def prefer(op: str, device: torch.device, width: int, name: str | None) -> None:
+def prefer(op: str, device: torch.device, width: Hashable, name: str | None) -> None:
     """Has `name` compute it; None: the default again.
 
     Raises:
@@ -50,7 +52,7 @@ def prefer(op: str, device: torch.device, width: int, name: str | None) -> None:
 
 
 @contextmanager
-def preferred(op: str, device: torch.device, width: int, name: str | None) -> Iterator[None]:
+def preferred(op: str, device: torch.device, width: Hashable, name: str | None) -> Iterator[None]:
     """Within it, `name` computes an operator."""
     before = _chosen.get((op, device, width))
     prefer(op, device, width, name)

@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertkern, m) {
   m.def(
       "block_sparse_linear_int8_mma(Tensor codes, Tensor scale, Tensor? zero, Tensor values, Tensor weight_scale, "
       "Tensor? column_sum, Tensor? bias, Tensor index, SymInt n, int activation=0, Tensor? residual=None, "
-      "ScalarType? out_dtype=None) -> Tensor");
+      "ScalarType? out_dtype=None, Tensor? count=None) -> Tensor");
   // The planes are those of bertkern.ops.groupwise_planes.pack_for_triton.
   m.def(
       "groupwise_linear_mma(Tensor x, Tensor[] codes, Tensor[] members, Tensor scale, Tensor? shift, Tensor? bias, "

@@ -39,7 +39,8 @@ Tensor block_sparse_linear_mma(const Tensor& x, const Tensor& values, std::optio
 Tensor block_sparse_linear_int8_mma(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero,
                                     const Tensor& values, const Tensor& weight_scale, std::optional<Tensor> column_sum,
                                     std::optional<Tensor> bias, const Tensor& index, int64_t n, int64_t activation,
-                                    std::optional<Tensor> residual, std::optional<ScalarType> out_dtype);
+                                    std::optional<Tensor> residual, std::optional<ScalarType> out_dtype,
+                                    std::optional<Tensor> count);
 Tensor groupwise_linear_mma(const Tensor& x, std::vector<Tensor> codes, std::vector<Tensor> members,
                             const Tensor& scale, std::optional<Tensor> shift, std::optional<Tensor> bias,
                             std::optional<Tensor> residual, std::vector<int64_t> bits, int64_t group,

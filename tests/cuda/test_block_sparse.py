@@ -14,15 +14,16 @@ skip_without_emulator()
 
 GLUE = """
 extern "C" int block_sparse(void* x, void* values, void* crow, void* col, void* bias, void* residual, void* y,
-                            void* x_scale, void* x_zero, void* weight_scale, void* column_sum, int64_t x_stride,
-                            int64_t residual_stride, int64_t y_stride, int64_t tokens, int64_t n, int64_t k, int64_t br,
-                            int64_t bc, int64_t operand, int64_t bias_type, int64_t residual_type, int64_t y_type,
-                            int64_t activation, int64_t tile_tokens) {
+                            void* x_scale, void* x_zero, void* weight_scale, void* column_sum, void* live,
+                            int64_t x_stride, int64_t residual_stride, int64_t y_stride, int64_t tokens, int64_t n,
+                            int64_t k, int64_t br, int64_t bc, int64_t operand, int64_t bias_type,
+                            int64_t residual_type, int64_t y_type, int64_t activation, int64_t tile_tokens) {
   using namespace bertkern::cuda;
   BlockSparse p = {};
   p.x = x, p.values = values, p.crow = static_cast<int*>(crow), p.col = static_cast<int*>(col), p.bias = bias;
   p.residual = residual, p.y = y, p.x_scale = static_cast<float*>(x_scale), p.x_zero = static_cast<int*>(x_zero);
   p.weight_scale = static_cast<float*>(weight_scale), p.column_sum = static_cast<int*>(column_sum);
+  p.live = static_cast<int*>(live);
   p.x_stride = x_stride, p.residual_stride = residual_stride, p.y_stride = y_stride;
   p.tokens = tokens, p.n = n, p.k = k, p.block_rows = br, p.block_columns = bc;
   p.operand = Operand(operand), p.bias_type = Type(bias_type), p.residual_type = Type(residual_type);
@@ -73,6 +74,7 @@ def run(
     activation: int = 0,
     tile: int = 0,
     odd: bool = True,
+    live: Tensor | None = None,
 ) -> Tensor:
     (t, k), n = x.shape, weight.shape[0]
     out = out or (torch.float32 if x.dtype == torch.int8 else x.dtype)
@@ -83,9 +85,9 @@ def run(
         return TYPES[tensor.dtype] if tensor is not None else 0
 
     emulated("block_sparse/block_sparse.cu", GLUE).block_sparse(
-        x, weight.values, weight.crow, weight.col, bias, residual, y, x_scale, x_zero, weight_scale, sums, x.stride(0),
-        0 if residual is None else residual.stride(0), y.stride(0), t, n, k, *weight.block, OPERANDS.index(x.dtype),
-        number(bias), number(residual), number(y), activation, tile,
+        x, weight.values, weight.crow, weight.col, bias, residual, y, x_scale, x_zero, weight_scale, sums, live,
+        x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0), t, n, k, *weight.block,
+        OPERANDS.index(x.dtype), number(bias), number(residual), number(y), activation, tile,
     )  # fmt: skip
     return y
 
@@ -141,6 +143,27 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype):
     for rows, tile in itertools.product((slice(0, 1), slice(37, 71)), (32, 128)):
         part = {name: scale[rows] if name == "x_scale" else scale for name, scale in scales.items()}
         assert torch.equal(run(x[rows], w, tile=tile, out=torch.float32, activation=1, **part), expected[rows])
+
+
+@pytest.mark.parametrize("tile", [32, 128])
+def test_int8_has_the_bits_of_the_dense_kernel(tile):
+    """What follows the sums is rounded operation by operation."""
+    w, x = weight_of(133, 199, (64, 64), torch.int8), rows_of(40, 199, torch.int8)
+    zero, bias = torch.randint(-128, 128, (40,), dtype=torch.int32), torch.randn(133)
+    scale, steps = torch.rand(40) * 0.01, torch.rand(133) * 0.01
+    got = run(x, w, bias=bias, x_scale=scale, x_zero=zero, weight_scale=steps, tile=tile)
+    exact = (x.double() - zero[:, None]) @ w.to_dense().double().T
+    assert torch.equal(got, exact.float() * (scale[:, None] * steps) + bias)
+
+
+@pytest.mark.parametrize("count", [0, 1, 33, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+def test_rows_that_are_not_there_are_left_alone(dtype, count):
+    w, x = weight_of(70, 96, (32, 32), dtype), rows_of(70, 96, dtype)
+    scales = {"x_scale": torch.rand(70), "weight_scale": torch.rand(70)} if dtype == torch.int8 else {}
+    expected, there = run(x, w, out=torch.float32, tile=32, **scales), min(count, 70)
+    got = run(x, w, out=torch.float32, tile=32, live=torch.tensor([count], dtype=torch.int32), **scales)
+    assert torch.equal(got[:there], expected[:there]) and bool(got[there:].isnan().all())
 
 
 def test_what_is_not_kept_is_not_read():

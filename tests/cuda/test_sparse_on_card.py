@@ -11,6 +11,7 @@ from bertkern.ops import block_sparse
 from bertkern.ops.block_sparse_int8 import block_sparse_linear_int8
 from bertkern.ops.groupwise_planes import pack_for_triton
 from bertkern.ops.groupwise_triton import groupwise_linear_cuda
+from bertkern.ops.int8_triton import int8_linear_cuda, pack_int8_weight
 
 pytestmark = pytest.mark.gpu
 ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-22}
@@ -67,6 +68,14 @@ def test_block_sparse_int8(block, shape):
     for options in ({}, {"zero": zero, "column_sum": sums, "activation": 1, "residual": torch.randn(t, n).cuda()}):
         got, other = (block_sparse_linear_int8(*call, provider=name, **options) for name in ("cuda", "triton"))
         torch.testing.assert_close(got, other, atol=1e-4, rtol=1e-5)
+    # The bits of the dense kernels.
+    packed, _ = pack_int8_weight(w.to_dense())
+    dense = int8_linear_cuda(codes, scale, packed, weight_scale, call[-1], zero_point=zero, weight_sums=sums)
+    for name in ("cuda", "triton"):
+        assert torch.equal(block_sparse_linear_int8(*call, provider=name, zero=zero, column_sum=sums), dense)
+    count = torch.tensor([t // 2], dtype=torch.int32, device="cuda")
+    part = block_sparse_linear_int8(*call, provider="cuda", zero=zero, column_sum=sums, count=count)
+    assert torch.equal(part[: t // 2], dense[: t // 2])
 
 
 @pytest.mark.parametrize("axis,size", [("n", 128), ("k", 32), ("k", 64), ("k", 128), ("k", 24)])

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertkern as bk
+from bertkern.nn import gpu_encoder
 from tests.gpu.test_encoder import CONFIGS, NAMES, batch_of, model_of, run_by
 from tests.tiny_models import tiny
 
@@ -87,6 +88,19 @@ def test_a_forward_pass_waits_for_nothing(on_gpu, name, config, attention):
                 got = model(**batch)[0]
         assert torch.equal(got, expected)
     assert not bk.report(model).fallbacks
+
+
+def test_what_is_made_while_a_graph_is_captured_is_not_kept(monkeypatch):
+    """It lies in the graph's memory, empty until it runs."""
+    full, made, capturing = torch.full, [], False
+    monkeypatch.setattr(torch, "full", lambda *given, device, **named: made.append(full(*given, **named)) or made[-1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    gpu_encoder._kept.cache_clear()
+    for now, count in ((True, 1), (True, 2), (False, 3), (False, 3), (True, 4)):
+        capturing = now
+        got = gpu_encoder.constant(1, torch.float32, torch.device("cuda:0"))
+        assert len(made) == count and got is made[count - 1]
+    gpu_encoder._kept.cache_clear()
 
 
 def test_head_masks_and_hidden_states_wait_for_nothing(on_gpu, monkeypatch):

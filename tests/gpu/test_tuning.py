@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import bertkern as bk
 from bertkern import gpu_tuning, tuning
 from bertkern.nn.sparse import DENSE, Form
-from bertkern.ops import providers, rowwise_triton
+from bertkern.ops import attention_packed, attention_triton, providers, rowwise_triton
 
 
 def weight(side: int, kept: float, n: int = 256, k: int = 384) -> torch.Tensor:
@@ -35,7 +38,57 @@ class Clock:
     def __call__(self, run) -> float:
         self.calls += 1
         assert run().shape[-1] == 256
-        return self.share if "block_sparse_linear" in run.__code__.co_names else 1.0
+        sparse = {"block_sparse_linear", "block_sparse_linear_int8"} & set(run.__code__.co_names)
+        return self.share if sparse else 1.0
+
+
+class FakeCuda:
+    """What `seconds` asks of torch.cuda: kernels take a microsecond, a launch by the host ten."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.now, self.capturing, self.held = fails, 0.0, False, 0
+
+    def call(self) -> None:
+        if self.capturing:
+            self.held += 1
+        else:
+            self.now += 10e-6
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    Stream = current_stream
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def CUDAGraph(self):
+        def replay():
+            self.now += 1e-6 * self.held
+
+        return SimpleNamespace(replay=replay)
+
+    @contextmanager
+    def graph(self, graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.capturing = True
+        yield
+        self.capturing = False
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace(at=0.0, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+
+def test_times_are_the_cards_and_not_the_hosts(monkeypatch):
+    for fails, expected in ((False, 1e-6), (True, 10e-6)):
+        fake = FakeCuda(fails)
+        monkeypatch.setattr(gpu_tuning, "torch", SimpleNamespace(cuda=fake))
+        assert gpu_tuning.seconds(fake.call) == pytest.approx(expected)
 
 
 def test_the_fastest_form_is_taken_and_kept(tmp_path):
@@ -50,6 +103,23 @@ def test_the_fastest_form_is_taken_and_kept(tmp_path):
     assert gpu_tuning.choose(torch.randn(256, 64), times, (8,), clock).form == DENSE
     assert gpu_tuning.choose(weight(32, 0.1), None).form.rows == 32
     assert gpu_tuning.choose(weight(32, 0.7), None).form == DENSE
+
+
+@pytest.mark.parametrize(("share", "form"), [(0.5, Form("panels", 128, 128)), (1.5, DENSE)])
+def test_int8_layers_with_zeros_run_in_the_chosen_form(on_gpu, monkeypatch, tmp_path, share, form):
+    """With the bits of the dense form, of dynamic and static activations; what rounds its output stays dense."""
+    monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
+    monkeypatch.setattr(gpu_tuning.choose, "__defaults__", (gpu_tuning.ROWS, Clock(share)))
+    x = torch.randn(2, 7, 384)
+    for options in ({}, {"input_scale": 0.03}, {"input_scale": 0.02, "input_zero_point": 40}, {"output_scale": 0.05}):
+        codes = (weight(128, 0.5) * 40).clamp(-127, 127).to(torch.int8)
+        layer = bk.nn.Int8Linear.from_codes(codes, torch.rand(256) * 0.01, torch.randn(256), **options).eval()
+        with torch.no_grad():
+            expected = layer(x)
+            model = bk.accelerate(torch.nn.Sequential(layer))
+            assert model[0].form == (DENSE if "output_scale" in options else form)
+            assert torch.equal(model(x), expected)
+        assert torch.equal(layer.weight_codes, codes)
 
 
 def test_a_model_with_zeros_runs_in_the_chosen_form(on_gpu, monkeypatch, tmp_path):
@@ -88,11 +158,45 @@ def test_the_faster_provider_is_taken(monkeypatch, tmp_path, cuda, chosen):
     times = tuning.Times(tmp_path / "times.json")
     took = iter([1.0, cuda] * 4)
     gpu_tuning.choose_providers(8, torch.float32, device, times, lambda run: (run(), next(took))[1])
-    assert {providers.provider(op, device, 8) for op in providers.TWINS} == {chosen}
+    assert {providers.provider(op, device, 8) for op in gpu_tuning._row_calls(torch.ones(2, 8))} == {chosen}
     # The second time it is looked up.
     monkeypatch.setattr(providers, "_chosen", {})
     gpu_tuning.choose_providers(8, torch.float32, device, times, lambda run: 1 / 0)
-    assert {providers.provider(op, device, 8) for op in providers.TWINS} == {chosen}
+    assert {providers.provider(op, device, 8) for op in gpu_tuning._row_calls(torch.ones(2, 8))} == {chosen}
+
+
+@pytest.mark.parametrize(("cuda", "chosen"), [(0.5, providers.CUDA), (1.5, providers.TRITON)])
+def test_the_faster_attention_is_taken(monkeypatch, tmp_path, cuda, chosen):
+    device, op = torch.device("cpu"), "attention_packed_cuda"
+    monkeypatch.setattr(providers, "_chosen", {})
+    monkeypatch.setattr(providers, "available", lambda op: (providers.TRITON, providers.CUDA, providers.TORCH))
+    times, took = tuning.Times(tmp_path / "times.json"), iter([1.0, cuda] * len(gpu_tuning.SEQUENCES))
+    gpu_tuning.choose_attention(2, 8, torch.bfloat16, device, times, lambda run: (run(), next(took))[1])
+    assert providers.provider(op, device, (8, torch.bfloat16)) == chosen
+    assert providers.provider(op, device, (8, torch.float16)) == providers.TRITON
+    monkeypatch.setattr(providers, "_chosen", {})
+    gpu_tuning.choose_attention(2, 8, torch.bfloat16, device, times, lambda run: 1 / 0)
+    assert providers.provider(op, device, (8, torch.bfloat16)) == chosen
+    # There is no other provider of fp32, nor of wider heads.
+    gpu_tuning.choose_attention(2, 8, torch.float32, device, times, lambda run: 1 / 0)
+    gpu_tuning.choose_attention(2, 256, torch.bfloat16, device, times, lambda run: 1 / 0)
+
+
+def test_the_chosen_attention_is_called(monkeypatch):
+    """By counts, head mask and bias; and Triton's where the library does not fit."""
+    called = []
+    key = "attention_packed_cuda", torch.device("cpu"), (8, torch.float16)
+    monkeypatch.setattr(providers, "_chosen", {key: providers.CUDA})
+    monkeypatch.setattr(
+        attention_triton, "_cuda_forward", lambda q, *given: called.append(given) or (q.new_zeros(q.shape), None)
+    )
+    q, ends = torch.ones(5, 2, 8, dtype=torch.float16), torch.tensor([0, 2, 5], dtype=torch.int32)
+    counts = torch.tensor([1, 3], dtype=torch.int32)
+    for fits in (False, True):
+        monkeypatch.setattr(attention_triton, "_cuda_fits", lambda q, scale, fits=fits: fits)
+        got = attention_packed.attention_packed_cuda(q, q, q, ends, 3, counts=counts, head_mask=torch.ones(2, 2))
+        assert bool(got.any()) != fits and len(called) == fits
+    assert called[0][2].max_length == 3 and called[0][2].head_mask is not None and torch.equal(called[0][3], counts)
 
 
 def test_the_twin_is_called_with_the_operators_arguments(monkeypatch):

@@ -4,6 +4,8 @@ Prints a line for each case: its name, and "ok" or what is wrong, as JSON. With 
 run on a card, whatever is made being made there.
 
     --list          names alone    --only NAME   what begins with it; may be repeated    --first N   the first ones
+    --skip NAME     without it; may be repeated                 --say   {"at": name} before each, and where a case has
+                                                                        lost the card, status 3 and no other after it
 
 With --only or --first the exit status is 1 where a case is wrong, or none is left.
 """
@@ -21,6 +23,8 @@ from bertkern import _triton
 from bertkern.formats import BsrWeight
 from bertkern.nn import BlockSparseLinear
 from bertkern.ops import block_sparse as ops
+from bertkern.ops.int8_triton import pack_int8_weight
+from tests import reference
 
 kernels = _triton.kernels("block_sparse")
 ON_CARD = os.environ.get("BERTKERN_TEST_DEVICE") == "cuda"
@@ -102,24 +106,30 @@ def run_multiply(entry, t: int, n: int, k: int) -> None:
 
 
 def run_int8(entry, t: int, n: int, k: int) -> None:
-    dtype = DTYPES[entry.signature["y"][1:]]
+    dtype, given = DTYPES[entry.signature["y"][1:]], entry.signature
     w = weight(n, k, (entry.constexprs["OUT"], entry.constexprs["IN"]), torch.int8)
     lists, x, y = index_of(w).forward, fenced((t, k), torch.int8, codes), poisoned(t, n, dtype=dtype)
     # Of a size that fp16 can hold the results.
     x_scale, w_scale = (fenced((size,), torch.float32, torch.rand).mul_(0.01) for size in (t, n))
-    bias = fenced((n,), torch.float32)
+    bias, dense = fenced((n,), torch.float32), w.to_dense()
+    zero = sums = residual = count = None
+    if "x_zero" in given:
+        zero, sums = torch.randint(-128, 128, (t,), dtype=torch.int32), dense.int().sum(1, dtype=torch.int32)
+        residual, count = fenced((t, n), dtype), torch.tensor([t], dtype=torch.int32)
     tiles = -(-t // entry.constexprs["BT"]) * -(-n // entry.constexprs["BN"])
     launch(
-        entry, tiles, x=x, x_scale=x_scale, starts=lists.starts, inner=lists.inner, number=lists.number,
-        values=w.values, weight_scale=w_scale, bias=bias, y=y,
+        entry, tiles, x=x, x_scale=x_scale, x_zero=zero, starts=lists.starts, inner=lists.inner, number=lists.number,
+        values=w.values, weight_scale=w_scale, weight_sums=sums, bias=bias, residual=residual, count=count, y=y,
         T=t, x_width=k, y_width=n, x_stride=x.stride(0), y_stride=y.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
     )  # fmt: skip
-    exact = x.double() @ w.to_dense().double().T
-    expected = exact.float() * x_scale[:, None] * w_scale + bias
+    exact = (x.double() - (0 if zero is None else zero[:, None])) @ dense.double().T
+    expected = exact.float() * (x_scale[:, None] * w_scale) + bias
     # Integers are exact, and the scales come in this order: the very bits of fp32.
     if dtype == torch.float32:
         assert torch.equal(y, expected)
-    compare(y, expected.double(), torch.zeros(()))
+    expected = reference.activate(expected.double(), entry.constexprs["ACTIVATION"])
+    compare(y, expected if residual is None else expected + residual.double(), torch.ones(()))
 
 
 def run_sampled(entry, t: int, n: int, k: int) -> None:
@@ -216,13 +226,26 @@ def rows_alone() -> None:
 
 
 def int8_launcher() -> None:
+    """In every form the bits that the kernel of a dense weight gives; rows past the count are left alone."""
+    dense_kernels = _triton.kernels("int8_gemm")
     for tokens, out in ((3, torch.float32), (70, torch.float16)):
-        w = weight(37, 75, (16, 16), torch.int8)
-        x, scale, w_scale, bias = codes(tokens, 75).to(torch.int8), torch.rand(tokens), torch.rand(37), torch.randn(37)
-        got = kernels.block_sparse_linear_int8(x, scale, index_of(w), w.values, w_scale, bias, out)
-        expected = (x.double() @ w.to_dense().double().T).float() * scale[:, None] * w_scale + bias
-        assert got.dtype == out
-        torch.testing.assert_close(got, expected.to(out), atol=0, rtol=0 if out == torch.float32 else 2e-3)
+        w = weight(37, 80, (16, 16), torch.int8)
+        x, scale, w_scale, bias = codes(tokens, 80).to(torch.int8), torch.rand(tokens), torch.rand(37), torch.randn(37)
+        packed, sums = pack_int8_weight(w.to_dense())
+        zero, count = torch.randint(-99, 99, (tokens,), dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+        residual = torch.randn(tokens, 37).to(torch.bfloat16)
+        for options in (
+            {},
+            {"zero": zero, "weight_sums": sums},
+            {"zero": zero, "weight_sums": sums, "activation": 1, "residual": residual, "count": count},
+        ):
+            got = kernels.block_sparse_linear_int8(x, scale, index_of(w), w.values, w_scale, bias, out, **options)
+            expected, _ = dense_kernels.int8_linear(
+                x, scale, options.get("zero"), packed, w_scale, sums, bias, options.get("residual"),
+                options.get("count"), options.get("activation", 0), 0.0, out,
+            )  # fmt: skip
+            there = 2 if "count" in options else tokens
+            assert got.dtype == out and torch.equal(got[:there], expected[:there]), options
     assert kernels.block_sparse_linear_int8(x[:0], scale[:0], index_of(w), w.values, w_scale).shape == (0, 37)
 
 
@@ -259,15 +282,20 @@ def run(cases) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--skip", action="append", default=[])
+    parser.add_argument("--say", action="store_true")
     parser.add_argument("--first", type=int)
     asked = parser.parse_args()
     chosen = [case for case in cases if not asked.only or case[0].startswith(tuple(asked.only))][: asked.first]
+    chosen = [case for case in chosen if case[0] not in asked.skip]
     if asked.list:
         print("\n".join(name for name, _ in chosen))
         return 0
     wrong = 0
     for name, check in chosen:
         torch.manual_seed(0)
+        if asked.say:
+            print(json.dumps({"at": name}), flush=True)
         try:
             check()
             if ON_CARD:
@@ -279,7 +307,18 @@ def run(cases) -> int:
         print(json.dumps({"case": name, "said": said}), flush=True)
         if said != "ok":
             print(f"{name}: {said.strip().splitlines()[-1]}", file=sys.stderr)
+            if asked.say and ON_CARD and lost():
+                return 3
     return int((asked.only or asked.first is not None) and (wrong > 0 or not chosen))
+
+
+def lost() -> bool:
+    """Whether the card answers this process no more, as after a read outside of what is allocated."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from tests.kernels.interpret import ON_CARD, run
 kernels = _triton.kernels("attention")
 assert kernels.INTERPRETED != ON_CARD
 
-# Largest error as a share of the largest result: of fp32 sums, of fp16 as stored, of bf16 as cut off when stored.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# Largest error as a share of the largest result: of fp32 sums, of fp16 as stored, of bf16 as cut off when stored. On a
+# card tensor cores cut off what they add up, and of fp32 products what two parts in TF32 do not hold.
+TOLERANCE = {torch.float32: 2e-5 if ON_CARD else 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 NAN = float("nan")
 
 

@@ -1,6 +1,6 @@
 """Runs small models by the GPU's path in Triton's interpreter, every operator by its kernel, against the CPU's path.
 
-As interpret.py otherwise.
+As interpret.py otherwise; what is compared with is made on the CPU there, too.
 """
 
 import copy
@@ -17,10 +17,11 @@ from bertkern.config import GroupwiseConfig, Int8Config
 from bertkern.nn.sparse import Form, sparsify
 from bertkern.ops import attention_triton, block_sparse, groupwise_triton, int8_triton, rowwise_triton
 from tests.gpu.measures import sqnr
-from tests.kernels.interpret import run
+from tests.kernels.interpret import ON_CARD, run
 from tests.tiny_models import tiny
 
 CALLS: Counter = Counter()
+DEVICE = "cuda" if ON_CARD else "cpu"
 
 
 class Counted:
@@ -28,7 +29,7 @@ class Counted:
 
     def __init__(self, name: str) -> None:
         self.module = _triton.kernels(name)
-        assert self.module.INTERPRETED
+        assert self.module.INTERPRETED != ON_CARD
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.module, name)
@@ -60,6 +61,10 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def there(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in given.items()}
+
+
 def agree(name: str, config: Any, dtype: torch.dtype, least: float, kernels: set[str], **options: Any) -> None:
     """Hidden and pooled states by the kernels, and by the CPU's in fp32."""
     model = tiny(name, num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64)
@@ -76,29 +81,30 @@ def agree(name: str, config: Any, dtype: torch.dtype, least: float, kernels: set
         before, gpu.runs_on = gpu.runs_on, lambda device: True
         CALLS.clear()
         try:
-            model = made(model.to(dtype))
+            given = there(given)
+            model = made(model.to(DEVICE, dtype))
             got = model(**given)
         finally:
             gpu.runs_on = before
     assert not bk.report(model).fallbacks, bk.report(model).fallbacks
     assert set(CALLS) == kernels, CALLS
     for mine, theirs in zip(got.to_tuple(), expected.to_tuple(), strict=True):
-        assert mine.dtype == dtype and sqnr(mine, theirs) > least, sqnr(mine, theirs)
+        assert mine.dtype == dtype and sqnr(mine.cpu(), theirs) > least, sqnr(mine.cpu(), theirs)
 
 
 def int8_codes() -> None:
     """By kernels and in plain PyTorch a quantized model has the same codes, so nearly the same bits."""
-    model = tiny("BertModel", hidden_size=32, num_attention_heads=2, intermediate_size=64)
+    model = tiny("BertModel", hidden_size=32, num_attention_heads=2, intermediate_size=64).to(DEVICE)
     before, gpu.runs_on = gpu.runs_on, lambda device: True
     try:
         bk.quantize_(model, measure=False, exact_attention=True)
         with torch.no_grad():
-            got = model(**batch()).last_hidden_state
+            got = model(**there(batch())).last_hidden_state
             for module, name in KERNELS:
                 setattr(module, name, lambda *_: None)
-            expected = model(**batch()).last_hidden_state
-            install()
+            expected = model(**there(batch())).last_hidden_state
     finally:
+        install()
         gpu.runs_on = before
     assert sqnr(got, expected) > 60, sqnr(got, expected)
 
@@ -114,7 +120,7 @@ def sparse_blocks() -> None:
         before, gpu.runs_on = gpu.runs_on, lambda device: True
         CALLS.clear()
         try:
-            got = bk.accelerate(model, measure=False)(**batch()).last_hidden_state
+            got = bk.accelerate(model.to(DEVICE), measure=False)(**there(batch())).last_hidden_state.cpu()
         finally:
             gpu.runs_on = before
     assert CALLS["block_sparse_linear"] == 2
@@ -159,6 +165,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def main() -> int:
+    # Models and batches are made on the CPU; what runs by the kernels goes to the card.
+    torch.set_default_device(None)
     install()
     return run(cases())
 

@@ -6,6 +6,7 @@ import torch
 from bertkern.formats import BsrWeight
 from bertkern.ops.block_sparse import block_index
 from bertkern.ops.block_sparse_int8 import block_sparse_linear_int8
+from bertkern.ops.int8_triton import int8_linear_cuda, pack_int8_weight
 from tests import reference
 
 
@@ -45,6 +46,16 @@ def arguments(changed=None):
     return tuple({**call, **(changed or {})}.values())
 
 
+def test_the_bits_of_a_dense_weight():
+    w, codes = weight_of(37, 101, (16, 16)), torch.randint(-128, 128, (9, 101), dtype=torch.int8)
+    scale, steps, bias = torch.rand(9) * 0.01, torch.rand(37) * 0.01, torch.randn(37)
+    packed, sums = pack_int8_weight(w.to_dense())
+    for zero in (None, torch.randint(-128, 128, (9,), dtype=torch.int32)):
+        beside = {} if zero is None else {"zero": zero, "column_sum": sums}
+        got = block_sparse_linear_int8(codes, scale, w.values, steps, block_index(w), 37, bias, **beside)
+        assert torch.equal(got, int8_linear_cuda(codes, scale, packed, steps, bias, zero_point=zero, weight_sums=sums))
+
+
 def test_opcheck_and_without_elements():
     torch.library.opcheck(torch.ops.bertkern.block_sparse_linear_int8, arguments())
     none = {"codes": torch.ones(0, 101, dtype=torch.int8), "scale": torch.ones(0), "residual": torch.ones(0, 37)}
@@ -61,6 +72,7 @@ WRONG = {
     "zero alone": ({"zero": torch.ones(3, dtype=torch.int32)}, "column_sum beside zero. Got one of them"),
     "a residual of another shape": ({"residual": torch.ones(3, 36)}, r"residual of shape \[3, 37\]. Got \[3, 36\]"),
     "no such activation": ({"activation": 6}, "activation from 0 to 5. Got 6"),
+    "two counts": ({"count": torch.ones(2, dtype=torch.int32)}, "count torch.int32 of 1 elements. Got .* shape"),
     "another device": ({"bias": torch.ones(37, device="meta")}, "all tensors on cpu. Got meta"),
 }  # fmt: skip
 

@@ -62,6 +62,18 @@ def test_machine_code(entry, capability, tmp_path):
         assert all(found.count(name) % 3 == 0 for name in multiplying)
 
 
+def test_what_makes_codes_rounds_as_a_processor_does():
+    """A multiply and an add in one would round a step or a zero point otherwise; here, a zero point at a tie."""
+    rounding = [entry for entry in TABLE if any(entry.signature.get(name) == "*i8" for name in ("codes", "y"))]
+    assert {entry.function for entry in rounding} >= {
+        kernels("rowwise").quantize, kernels("rowwise").normalize, kernels("groupwise").quantize,
+        kernels("int8_gemm").multiply,
+    }  # fmt: skip
+    for entry in (*rounding, *(entry for entry in TABLE if entry.signature.get("x") == "*i8" and "x_scale" in
+                               entry.signature and entry.function is BLOCK_SPARSE.multiply_int8)):  # fmt: skip
+        assert entry.options["enable_fp_fusion"] is False, entry.name
+
+
 def test_an_entry_that_misses_an_argument_is_refused():
     entry = TABLE[0]
     wrong = replace(entry, signature={name: kind for name, kind in entry.signature.items() if name != "T"})

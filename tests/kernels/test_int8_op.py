@@ -244,3 +244,16 @@ def test_on_a_card(dtype, tokens):
             assert torch.equal(alone, got[:1])
         else:
             assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", range(6))
+def test_a_rows_bits_are_those_of_any_number_of_rows(activation):
+    """Few rows are another kernel's, which rounds what follows the sums alike."""
+    weight, _ = pack_int8_weight(torch.randint(-127, 128, (256, 768), dtype=torch.int8).cuda())
+    codes, scale = torch.randint(-127, 128, (300, 768), dtype=torch.int8).cuda(), torch.rand(300).cuda() * 0.01
+    rest = weight, torch.rand(256).cuda() * 0.01, torch.randn(256).cuda()
+    whole = int8_triton.int8_linear_cuda(codes, scale, *rest, activation=activation)
+    for rows in (1, 16, 32, 33, 65):
+        part = int8_triton.int8_linear_cuda(codes[:rows], scale[:rows], *rest, activation=activation)
+        assert torch.equal(part, whole[:rows]), rows

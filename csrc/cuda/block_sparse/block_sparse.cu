@@ -66,6 +66,8 @@ void multiply(BlockSparse p) {
   char* const shared = dynamic_shared();
   const int thread = thread_x(), lane = thread & 31, warp = thread >> 5;
   const int first_token = block_y() * kTokens, first_feature = block_x() * kFeatures;
+  const int tokens = p.live && *p.live < p.tokens ? *p.live : p.tokens;
+  if (first_token >= tokens) return;
   const int begin = p.crow[block_x()], kept = p.crow[block_x() + 1] - begin;
   // A block's row is 2, 4, 8 or 16 chunks: 2^shift.
   const int in_block = p.block_columns / kEach, shift = in_block < 4 ? 1 : in_block < 8 ? 2 : in_block < 16 ? 3 : 4;
@@ -75,7 +77,7 @@ void multiply(BlockSparse p) {
   const int chunk = thread % kChunks, row = thread / kChunks;
   const T* const x = static_cast<const T*>(p.x) + (first_token + row) * p.x_stride;
   const T* const values = static_cast<const T*>(p.values);
-  const int live = p.tokens - first_token - row;  // rows row, row + kRows, ... below are tokens
+  const int live = tokens - first_token - row;  // rows row, row + kRows, ... below are tokens
   const int target = place_of(row, chunk);
   int at = chunk, place = at >> shift;                   // in the row of kept blocks side by side
   int column = place < kept ? p.col[begin + place] : 0;  // known a step ahead
@@ -162,7 +164,7 @@ void multiply(BlockSparse p) {
   if (p.bias) load8(p.bias, feature, p.bias_type, count, bias);
   if (sizeof(T) == 1) load8(p.weight_scale, feature, Type::f32, count, weight_scale);
 #pragma unroll 1
-  for (int r = thread / kAcross; r < kTokens && first_token + r < p.tokens; r += kDown) {
+  for (int r = thread / kAcross; r < kTokens && first_token + r < tokens; r += kDown) {
     const int64_t token = first_token + r;
     float result[8];
     if constexpr (sizeof(T) == 1) {
@@ -171,8 +173,12 @@ void multiply(BlockSparse p) {
       BK_UNROLL
       for (int e = 0; e < 8; ++e) {
         int32_t whole = sums[r * kPitch + offset + e];
-        if (p.x_zero && e < count) whole -= zero * p.column_sum[feature + e];
-        result[e] = static_cast<float>(whole) * x_scale * weight_scale[e] + bias[e];
+        // Wrapping: the difference fits, its parts need not.
+        if (p.x_zero && e < count)
+          whole = static_cast<int32_t>(static_cast<uint32_t>(whole) -
+                                       static_cast<uint32_t>(zero) * static_cast<uint32_t>(p.column_sum[feature + e]));
+        result[e] = mul_rn(static_cast<float>(whole), mul_rn(x_scale, weight_scale[e]));
+        if (p.bias) result[e] = add_rn(result[e], bias[e]);
       }
     } else {
       BK_UNROLL
@@ -183,7 +189,7 @@ void multiply(BlockSparse p) {
       float more[8];
       load8(p.residual, token * p.residual_stride + feature, p.residual_type, count, more);
       BK_UNROLL
-      for (int e = 0; e < 8; ++e) result[e] += more[e];
+      for (int e = 0; e < 8; ++e) result[e] = add_rn(result[e], more[e]);
     }
     store8(p.y, token * p.y_stride + feature, p.y_type, count, result);
   }

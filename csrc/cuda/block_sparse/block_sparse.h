@@ -4,7 +4,7 @@
 //
 // and for int8 operands, x = (a - x_zero[t]) * x_scale[t] and w = code * weight_scale[n],
 //
-//   sum = (sum of a code - x_zero[t] * column_sum[n]) * x_scale[t] * weight_scale[n],  column_sum[n] = sum of code
+//   sum = (sum of a code - x_zero[t] * column_sum[n]) * (x_scale[t] * weight_scale[n]),  column_sum[n] = sum of code
 //
 // The weight is in block-sparse rows (bertkern/formats/bsr.py): values [nnzb][br][bc], full blocks in the order of
 // (block row, block column), zero where they reach over the edge of W; crow [ceil(n / br) + 1], col [nnzb], int32. br
@@ -49,6 +49,7 @@ struct BlockSparse {
   const int* x_zero;                            // [tokens] or null: 0
   const float* weight_scale;                    // [n]
   const int* column_sum;                        // [n], beside x_zero
+  const int* live;  // how many of the tokens are there; the others' results are not written; null: all
   int64_t x_stride, residual_stride, y_stride;  // elements
   int tokens, n, k, block_rows, block_columns;
   Operand operand;

@@ -82,7 +82,8 @@ Tensor block_sparse_linear_mma(const Tensor& x, const Tensor& values, std::optio
 Tensor block_sparse_linear_int8_mma(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero,
                                     const Tensor& values, const Tensor& weight_scale, std::optional<Tensor> column_sum,
                                     std::optional<Tensor> bias, const Tensor& index, int64_t n, int64_t activation,
-                                    std::optional<Tensor> residual, std::optional<ScalarType> out_dtype) {
+                                    std::optional<Tensor> residual, std::optional<ScalarType> out_dtype,
+                                    std::optional<Tensor> count) {
   const char* op = "block_sparse_linear_int8_mma";
   require(codes.scalar_type() == ScalarType::Char, op, ": expected codes of dtype int8. Got ",
           dtype_name(codes.scalar_type()), ".");
@@ -103,6 +104,11 @@ Tensor block_sparse_linear_int8_mma(const Tensor& codes, const Tensor& scale, st
     sums = vector("column_sum", *column_sum, ScalarType::Int, n);
     call.p.x_zero = static_cast<const int*>(x_zero.const_data_ptr());
     call.p.column_sum = static_cast<const int*>(sums.const_data_ptr());
+  }
+  Tensor live = x_scale;
+  if (count) {
+    live = vector("count", *count, ScalarType::Int, 1);
+    call.p.live = static_cast<const int*>(live.const_data_ptr());
   }
   call.p.operand = Operand::s8;
   return call.launch(op);
