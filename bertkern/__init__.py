@@ -52,6 +52,7 @@ _SURFACE = {
     "load_checkpoint": "checkpoints",
     "prune_heads": "heads",
     "RaggedConfig": "ragged",
+    "save_blocks": "hf.blocks",
     "keep_layers": "layers",
     "prune_": "compress.prune",
     "Pruner": "compress.prune",

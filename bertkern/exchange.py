@@ -72,7 +72,8 @@ def exchange(
         names = layers.aliases(name, roots)
         put(model, name, scheme.make(module, config, names, ranges.get(name), given.get(name)))
         mapped.release(weight)
-    module = weight = None  # the last ones are freed, too
+        module = weight = None  # freed, and given back, before the next one takes memory
+        mapped.trim()
     for name, source in ties.items():
         linear, table = model.get_submodule(name), model.get_submodule(source)
         head = name in linears

@@ -25,7 +25,7 @@ from .ops.block_sparse import block_index, block_sparse_linear
 from .ops.block_sparse_int8 import block_sparse_linear_int8
 from .ops.int8_triton import int8_linear_cuda, pack_int8_weight
 from .ops.rowwise_triton import add_layernorm_cuda, add_layernorm_quantize_cuda, embed_cuda, quantize_rows_cuda
-from .tuning import LEAST_ZEROS, MARGIN, Choice, Times, fastest
+from .tuning import LEAST_ZEROS, MARGIN, Choice, Times, fastest, found_for
 
 # Rows at which forms are compared: a sentence, and a batch.
 ROWS = (128, 4096)
@@ -115,10 +115,11 @@ def choose(weight: Tensor, times: Times | None, rows: Sequence[int] = ROWS, time
     """
     forms = candidates(weight)
     if not forms:
-        return Choice(DENSE)
+        return found_for(weight, Choice(DENSE))
     if times is None:
         # Of a block-sparse product, twice the dense one's time a block, which is never far from it.
-        return fastest(list(forms), {str(form): 2 * density for form, density in forms.items()}, measured=False)
+        shares = {str(form): 2 * density for form, density in forms.items()}
+        return found_for(weight, fastest(list(forms), shares, measured=False))
     kind = str(weight.dtype).removeprefix("torch.")
     shares: dict[str, float] = {}
     for form, density in forms.items():
@@ -128,7 +129,7 @@ def choose(weight: Tensor, times: Times | None, rows: Sequence[int] = ROWS, time
             share = _share(weight, form, rows, timer)
             times.put(key, share)
         shares[str(form)] = share
-    return fastest(list(forms), shares, measured=True)
+    return found_for(weight, fastest(list(forms), shares, measured=True))
 
 
 def _share(weight: Tensor, form: Form, rows: Sequence[int], timer: Timer) -> float:

@@ -7,6 +7,7 @@ bertkern's quantizer finds it when the model is loaded: as its `quantization_con
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -268,6 +269,8 @@ def _renamed(prefix: str, known: Any, renamed: Mapping[str, str | None]) -> Any:
     for name, choice in known.layers.items():
         full = f"{prefix}.{name}" if prefix else name
         old = next((start for start in renamed if full.startswith(start + ".")), None)
+        # The form stays, whatever becomes of the weight.
+        choice = replace(choice, weight="")
         if old is None:
             layers[name] = choice
         elif renamed[old] is not None:

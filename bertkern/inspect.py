@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import plan, shrink
+from . import dead, plan, shrink
 from .config import Int8Config
 from .formats.grids import DTYPES as GRID_DTYPES
 from .formats.grids import grid_of
@@ -20,6 +20,7 @@ from .schemes import scheme_of
 from .structure import BLOCKS, Blocks, Structure, structure
 from .surgery import family_tables
 from .tuning import MARGIN, cost
+from .weights import effective, readable
 
 __all__ = ["BLOCKS", "Grid", "Inspection", "Layer", "Matrix", "Totals", "estimate", "inspect"]
 
@@ -43,7 +44,7 @@ def inspect(model: nn.Module) -> Inspection:
         raise TypeError(f"inspect: expected a torch.nn.Module. Got {type(model).__name__}.")
     choices = {choice.name: choice for choice in plan.choose(model, Int8Config())}
     tables = set(family_tables(model))
-    found, left = shrink.find(model)
+    found, left = dead.find(model)
     slices = shrink.slices(model, found)
     rows: list[Matrix] = []
     counted: dict[Any, tuple[str, Structure, Grid | None]] = {}
@@ -62,9 +63,9 @@ def inspect(model: nn.Module) -> Inspection:
             runs, why = "int8" if name in tables else "torch", ""
         else:
             continue
-        weight = shrink.effective(module) if scheme is None else scheme.values(module)
+        weight = effective(module) if scheme is None else scheme.values(module)
         about = (name, type(module).__name__, () if weight is None else tuple(weight.shape), runs, why)
-        if weight is None or not shrink.readable(weight) or weight.numel() == 0 or weight.dim() != 2:
+        if weight is None or not readable(weight) or weight.numel() == 0 or weight.dim() != 2:
             rows.append(Matrix(*about))
             continue
         linear = not isinstance(module, nn.Embedding if scheme is None else scheme.table)

@@ -5,11 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .reports import Report, Row, general, table
-from .structure import name_of
+from .reports import Report, Row, gathered, table
+from .structure import DENSE, name_of
 
-# A matrix with fewer zeros, beside whole rows and columns of them, is called dense.
-_DENSE = 0.01
 # A pattern n:m that many fewer weights than n/m keep to holds by chance, and describes nothing.
 _FULL = 0.8
 
@@ -85,14 +83,14 @@ class Matrix(Row):
             return self.patterns[0]
         rows, columns = self.shape
         live = (rows - self.dead_rows) * (columns - self.dead_columns)
-        if 1 - (1 - self.zeros) * rows * columns / live < _DENSE:
+        if 1 - (1 - self.zeros) * rows * columns / live < DENSE:
             return "whole rows, columns" if self.dead_rows or self.dead_columns else "dense"
         return "unstructured"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What an encoder layer could lose exactly; see bertkern.shrink.
+    """What an encoder layer could lose exactly; see bertkern.dead.
 
     Attributes:
         name: its path in the model.
@@ -214,13 +212,17 @@ class Inspection(Report):
 
 
 def _grouped(rows: Iterable[Matrix]) -> list[list[str]]:
-    """Lines of the table; modules that differ by the number of their layer and what was counted share one."""
-    groups: dict[tuple[str, ...], list[Matrix]] = {}
-    for row in rows:
+    """Lines of the table; modules that differ by the number of their layer and what was counted share one.
+
+    Their pattern is the same: over several of them, shares and gains would say nothing.
+    """
+
+    def key(row: Matrix) -> tuple[str, ...]:
         why = f"same weights as {row.same_as}" if row.same_as else row.why
-        groups.setdefault((general(row.name), " x ".join(map(str, row.shape)), row.runs, why), []).append(row)
+        return row.structure, " x ".join(map(str, row.shape)), row.runs, why
+
     lines = []
-    for (name, shape, runs, why), members in groups.items():
+    for name, (structure, shape, runs, why), members in gathered((row.name, key(row), row) for row in rows):
         counted = [row for row in members if row.zeros is not None]
         blocks = [row.densities[name_of(row.block or (1, 1))] for row in counted]
         timed = [row.times for row in counted if row.times is not None]
@@ -228,10 +230,10 @@ def _grouped(rows: Iterable[Matrix]) -> list[list[str]]:
             _span([row.zeros for row in counted], _percent),
             _span([row.dead_rows for row in counted], str),
             _span([row.dead_columns for row in counted], str),
-            _words([row.structure for row in counted]),
+            structure,
             _span(blocks, _percent),
             _words([str(row.grid) if row.grid else "none" for row in counted] if any(r.grid for r in counted) else []),
-            *(_span([1 / times[dtype] for times in timed], "{:.1f}x".format) for dtype in ("fp32", "int8")),
+            *(_span([1 / times[dtype] for times in timed], _gain) for dtype in ("fp32", "int8")),
         ]
         lines.append([name, str(len(members)), shape, *cells, runs, why])
     return lines
@@ -262,8 +264,14 @@ def _percent(share: float) -> str:
     return text
 
 
+def _gain(times: float) -> str:
+    """How many times faster; what is left of a matrix without anything in it has no meaningful speed."""
+    return f"{times:.1f}x" if times < 100 else ">99x"
+
+
 def _layer_line(layer: Layer) -> list[str]:
-    heads = " ".join(map(str, layer.dead_heads)) or "none"
+    # A number alone would read as a count.
+    heads = f"{len(layer.dead_heads)}: {' '.join(map(str, layer.dead_heads))}" if layer.dead_heads else "none"
     return [layer.name, str(layer.heads), heads, *map(str, (layer.units, layer.dead_units, layer.foldable_units))]
 
 

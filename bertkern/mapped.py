@@ -1,4 +1,4 @@
-"""Tensors that lie in a mapped file, as transformers loads them: what was read counts as memory until it is let go."""
+"""Memory that a model no longer needs goes back to the system: pages of mapped files, and what malloc keeps."""
 
 import ctypes
 import mmap
@@ -18,8 +18,9 @@ GAP = 64
 def release(*tensors: Tensor) -> bool:
     """Lets go of the pages that `tensors` were read from, if they are a file's; the values stay what they are.
 
-    Without this, a model from a file that becomes int8 layer by layer would stay resident beside its int8 form, as long
-    as any tensor of the file lives. The next access reads the pages anew, from the system's cache.
+    transformers loads tensors that lie in a mapped file. Without this, a model that becomes int8 layer by layer would
+    stay resident beside its int8 form, as long as any tensor of the file lives. The next access reads the pages anew,
+    from the system's cache.
 
     Of tensors that stand side by side, as a file has them, the pages that they share go, too. At the ends of such a row
     whole pages alone go: the others hold values of tensors that nobody named.
@@ -64,3 +65,9 @@ def _let_go(first: int, count: int) -> bool:
         done &= droppable
         at += pages
     return done
+
+
+def trim() -> None:
+    """Gives back what was freed: malloc keeps pieces of less than 32 MB, such as weights, for whoever comes next."""
+    if sys.platform == "linux" and (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        give_back(ctypes.c_size_t(0))

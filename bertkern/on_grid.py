@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import shrink
 from .formats.grids import DTYPES, find_grid
 from .formats.groupwise import GroupwiseWeight
+from .weights import effective, readable
 
 
 def grids(model: nn.Module, exact: bool = True) -> dict[str, GroupwiseWeight]:
@@ -37,7 +37,7 @@ def grids(model: nn.Module, exact: bool = True) -> dict[str, GroupwiseWeight]:
         own = module._parameters.get("weight")
         identity = id(module) if own is None else id(own)
         if identity not in known:
-            weight = shrink.effective(module)
+            weight = effective(module)
             known[identity] = find_grid(weight, exact) if _readable(weight) else None
         if (found := known[identity]) is not None:
             made[name] = found
@@ -45,4 +45,4 @@ def grids(model: nn.Module, exact: bool = True) -> dict[str, GroupwiseWeight]:
 
 
 def _readable(weight: torch.Tensor | None) -> bool:
-    return weight is not None and shrink.readable(weight) and weight.dtype in DTYPES and bool(weight.any())
+    return weight is not None and readable(weight) and weight.dtype in DTYPES and bool(weight.any())

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from .names import fits
-from .nn import PackedLinear, SparseLinear
+from .nn import BlockSparseLinear, PackedLinear, SparseLinear
 from .nn.int8 import finite
 from .nn.linear import FLOATS
 from .schemes import Scheme, scheme_of
@@ -81,10 +81,11 @@ def skipped(name: str, patterns: tuple[str, ...], roots: dict[str, nn.Module]) -
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, str]]:
-    """Every layer that is an nn.Linear, with its name and the reason why it must be left to torch, or ""."""
+    """Every linear layer, with its name and the reason why it must be left to torch, or "". One in blocks counts if
+    others can stand in for it."""
     parents = dict(model.named_modules())
     for name, module in parents.items():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) and not (name and only_blocks(module)):
             continue
         above = [parents[".".join(name.split(".")[:depth])] for depth in range(name.count(".") + 1)] if name else []
         yield name, module, _obstacle(module, above)
@@ -142,24 +143,25 @@ def pruned_by_hook(module: nn.Module) -> bool:
 
 def only_masked(module: nn.Module) -> bool:
     """Whether `module` is an nn.Linear whose weight torch.nn.utils.prune computes, and that no other hook sees."""
-    hooks = [
-        hook
-        for hooks in (
-            module._forward_pre_hooks,
-            module._forward_hooks,
-            module._backward_pre_hooks,
-            module._backward_hooks,
-        )
-        for hook in hooks.values()
-    ]
+    hooks = _hooks(module)
     return type(module) is nn.Linear and bool(hooks) and all(isinstance(hook, BasePruningMethod) for hook in hooks)
 
 
+def only_blocks(module: nn.Module) -> bool:
+    """Whether `module` is a BlockSparseLinear that the other kernels can stand in for, and that no hook sees."""
+    return type(module) is BlockSparseLinear and module.values.dtype in FLOATS and not _hooks(module)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    every = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for hooks in every for hook in hooks.values()]
+
+
 def _obstacle(module: nn.Linear, above: list[nn.Module]) -> str:
-    if type(module) not in (nn.Linear, PackedLinear, SparseLinear):
+    if type(module) not in (nn.Linear, PackedLinear, SparseLinear, BlockSparseLinear):
         return f"it is a {type(module).__name__}"
-    # A plain layer takes the place of a masked one; a layer without a parent has none.
-    replaceable = isinstance(module, SparseLinear) or (above and only_masked(module))
+    # A plain layer takes the place of a masked one, and of blocks; a layer without a parent has none.
+    replaceable = isinstance(module, (SparseLinear, BlockSparseLinear)) or (above and only_masked(module))
     if "weight" not in module._parameters and not replaceable:
         return "its weight is computed by a hook"
     for parent in above:

@@ -1,4 +1,4 @@
-"""Models that were pruned: masks become zeros, dead heads and units go, and come back.
+"""Models that were pruned: masks and blocks become zeros, dead heads and units go, and come back.
 
 What went is still in the state dict of the model, and what is loaded into it may hold it.
 """
@@ -12,23 +12,28 @@ from . import shrink
 from .nn import PackedLinear, SparseLinear
 from .nn.sparse import densify
 from .surgery import put
+from .weights import effective
 
 # The attribute of a transformers model that holds what `shrink` removed from it.
 SHRUNK = "_bertkern_shrunk"
 
 
-def unmask(model: nn.Module, masked: dict[str, nn.Linear]) -> None:
-    """Puts plain linears in the place of those under torch.nn.utils.prune, with the weights that these compute.
+def unmask(model: nn.Module, masked: dict[str, nn.Module]) -> None:
+    """Puts plain linears in the place of those under torch.nn.utils.prune, and of BlockSparseLinears, with the weights
+    that these compute.
 
     Args:
         masked: takes those in, by name.
     """
     for name, module in list(model.named_modules()):
-        if name and layers.only_masked(module):
+        if name and layers.only_blocks(module):
+            put(model, name, module.to_linear())
+            masked[name] = module
+        elif name and layers.only_masked(module):
             plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            plain.weight = nn.Parameter(shrink.effective(module), module.weight.requires_grad)
+            plain.weight = nn.Parameter(effective(module), module.weight.requires_grad)
             if module.bias is not None:
-                plain.bias = nn.Parameter(shrink.effective(module, "bias").clone(), module.bias.requires_grad)
+                plain.bias = nn.Parameter(effective(module, "bias").clone(), module.bias.requires_grad)
             put(model, name, plain.train(module.training))
             masked[name] = module
 

@@ -1,6 +1,6 @@
-"""The record of what the layers of a model have lost."""
+"""The record of what the files of a float model leave out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,12 +11,16 @@ from .versioned import Versioned
 class RaggedConfig(Versioned):
     """What layers of a float model have lost: the `quantization_config` to load it with, and the record in its config.
 
+    Also which weights are in its files as their nonzero blocks alone; see `bertkern.save_blocks`.
+
     Handed to `from_pretrained`, it loads checkpoints of transformers 4 that have `pruned_heads`, and those of
     nn_pruning; what `save_pretrained` writes here loads without it.
 
     Attributes:
         widths: by name of a layer in the base model, the "heads" that it has, numbered as in the whole model, and the
             number of "units" of its feed-forward; left out, all of them. Empty: what the checkpoint's config says.
+        blocks: by name of a linear layer in the base model, the sides [br, bc] of the blocks in which its weight is in
+            the files: as `crow`, `col` and `values` of `bertkern.formats.BsrWeight` in the place of `weight`.
         version: of this record; a file of an unknown version is refused.
 
     Example:
@@ -25,6 +29,7 @@ class RaggedConfig(Versioned):
     """
 
     widths: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     version: int = 1
 
     KIND: ClassVar[str] = "ragged"
@@ -34,10 +39,13 @@ class RaggedConfig(Versioned):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "widths", checked_widths("RaggedConfig", self.widths))
+        object.__setattr__(self, "blocks", _checked_blocks(self.blocks))
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON values that `from_dict` reads."""
-        return {"kind": self.KIND, "widths": checked_widths("RaggedConfig", self.widths), "version": self.version}
+        made = {"kind": self.KIND, "widths": checked_widths("RaggedConfig", self.widths), "version": self.version}
+        # Left out where there are none, so that releases that do not know of them read the record.
+        return {**made, "blocks": _checked_blocks(self.blocks)} if self.blocks else made
 
 
 def is_record(value: Any) -> bool:
@@ -71,3 +79,14 @@ def checked_widths(caller: str, widths: Any) -> dict[str, dict[str, Any]]:
             raise wrong(f"bias of {name} to be True or False", width["bias"])
         made[name] = width
     return made
+
+
+def _checked_blocks(blocks: Any) -> dict[str, list[int]]:
+    """A copy of blocks as JSON values; raises ValueError where they are none."""
+    if not isinstance(blocks, Mapping) or not all(isinstance(name, str) for name in blocks):
+        raise ValueError(f"RaggedConfig: expected blocks by name of the layer. Got {blocks!r}.")
+    for name, block in blocks.items():
+        right = isinstance(block, (list, tuple)) and len(block) == 2 and all(type(side) is int for side in block)
+        if not right or min(block) < 1:
+            raise ValueError(f"RaggedConfig: expected the block of {name}, such as [16, 4]. Got {block!r}.")
+    return {name: list(block) for name, block in blocks.items()}

@@ -20,14 +20,14 @@ class Record:
         attention: the attention implementation that a config had before, by name of the first module that has it: a
             transformers model, mostly.
         forms: in which form linear layers run, and why, by name.
-        masked: linear layers under torch.nn.utils.prune that others stand in for, by name.
+        masked: linear layers under torch.nn.utils.prune, or in blocks, that others stand in for, by name.
     """
 
     kept: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     attention: dict[str, str | None] = field(default_factory=dict)
     forms: dict[str, Choice] = field(default_factory=dict)
-    masked: dict[str, nn.Linear] = field(default_factory=dict)
+    masked: dict[str, nn.Module] = field(default_factory=dict)
 
 
 def record_of(model: nn.Module) -> Record:

@@ -1,7 +1,8 @@
 """What a model holds and what was made of it, as a table and as data."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from . import gpu
 from .nn import PackedLinear, SparseLinear
 from .record import record_of
 from .schemes import scheme_of
+
+_NUMBER = re.compile(r"\b\d+\b")
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,49 @@ def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 def general(name: str) -> str:
     """`name` with a star for every number, so that the same module of all layers has one name."""
-    return re.sub(r"\b\d+\b", "*", name) or "(the model)"
+    return _NUMBER.sub("*", name) or "(the model)"
+
+
+def gathered(items: Iterable[tuple[str, Any, Any]]) -> list[tuple[str, Any, list[Any]]]:
+    """(name, key, value) -> (name, key, values): those whose keys are the same and whose names differ in numbers alone.
+
+    A number that differs is a star where the group has all of those that there are, else it becomes the group's own.
+
+    Example:
+        >>> gathered((f"layer.{i}.key", i < 2 or i == 4, i) for i in range(5))
+        [('layer.0-1,4.key', True, [0, 1, 4]), ('layer.2-3.key', False, [2, 3])]
+    """
+    groups: dict[tuple[str, Any], list[tuple[str, Any]]] = {}
+    every: dict[str, list[str]] = {}
+    for name, key, value in items:
+        groups.setdefault((general(name), key), []).append((name, value))
+        every.setdefault(general(name), []).append(name)
+    return [
+        (_common([name for name, _ in members], every[name]), key, [value for _, value in members])
+        for (name, key), members in groups.items()
+    ]
+
+
+def _common(names: Sequence[str], every: Iterable[str]) -> str:
+    """One name for `names`, some of `every`; stars where numbers in several places do not combine freely."""
+    here, there = ({tuple(map(int, _NUMBER.findall(name))) for name in of} for of in (names, every))
+    if here == there and len(there) > 1:
+        return general(names[0])
+    here_by, there_by = ([set(numbers) for numbers in zip(*of, strict=True)] for of in (here, there))
+    whole = len(here) == math.prod(map(len, here_by))
+    told = ["*" if (h == t and len(t) > 1) or not whole else _ranges(h) for h, t in zip(here_by, there_by, strict=True)]
+    return _NUMBER.sub(lambda _: told.pop(0), names[0]) or "(the model)"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Numbers in short: "0-2,9"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def float_name(linear: nn.Linear) -> str:
@@ -126,13 +171,13 @@ def float_name(linear: nn.Linear) -> str:
 
 def _grouped(rows: Iterable[Row]) -> list[list[str]]:
     """Lines of the table; modules that differ by nothing but the number of their layer, or their times, share one."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
+
+    def key(row: Row) -> tuple[str, ...]:
         timed = bool(row.why) and row.runs != "torch" and "," in row.runs
-        key = (general(row.name), " x ".join(map(str, row.shape)), row.runs, "" if timed else row.why)
-        groups.setdefault(key, []).append(row.why)
+        return " x ".join(map(str, row.shape)), row.runs, "" if timed else row.why
+
     lines = []
-    for (name, *cells, _), reasons in groups.items():
+    for name, (*cells, _), reasons in gathered((row.name, key(row), row.why) for row in rows):
         others = f" (one of {len(set(reasons))})" if len(set(reasons)) > 1 else ""
         lines.append([name, str(len(reasons)), *cells, reasons[0] + others])
     return lines

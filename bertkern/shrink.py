@@ -1,13 +1,8 @@
-"""Attention heads and feed-forward units that change no answer: which they are, and their exact removal.
+"""Encoder layers cut to some of their attention heads and feed-forward units, and made whole again.
 
-A head may go if its columns of the output projection are zero, or its rows of V and V's bias are: then it adds nothing.
-Zeros in Q or K say nothing of the kind: a zero Q attends evenly to everything. A feed-forward unit may go if its column
-of the second matrix is zero. If only its row of the first is, it is the constant act(bias), which folds into the second
-bias. NaN and Inf are not zero, and what holds one is never removed: 0 x NaN is the answer's NaN.
-
-`shrink` removes and returns a record, `unshrink` undoes it bit for bit, `full_state_dict` writes the checkpoint as if
-nothing had been removed, `narrow` cuts a model without values to the widths of a ragged checkpoint, and `take_heads`
-removes heads whatever they add.
+`shrink` removes what changes no answer (`dead`) and returns a record, `unshrink` undoes it bit for bit,
+`full_state_dict` writes the checkpoint as if nothing had been removed, `narrow` cuts a model without values to the
+widths of a ragged checkpoint, and `take_heads` removes heads whatever they add.
 
 A layer that is to lose all its heads keeps one of zeros, which adds nothing: neither transformers' code nor the kernels
 run without. Its attention has `headless` set, and where heads are listed it has none.
@@ -23,67 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from . import plan
+from .dead import Found, Kept, constants_of, find, known_layers, sizes_of
 from .nn import PackedLinear, SparseLinear
-from .nn.activations import activation_code
 from .nn.encoder import LayerParts, Unfit
 from .schemes import SCHEMES
+from .weights import effective
 
-# Activations of torch that see more than one unit, or that draw random numbers.
-_NOT_ELEMENTWISE = (
-    nn.Softmax,
-    nn.Softmax2d,
-    nn.LogSoftmax,
-    nn.Softmin,
-    nn.GLU,
-    nn.RReLU,
-    nn.MultiheadAttention,
-)
 _TENSORS = {"weight": ("weight", "weight_orig", "weight_mask"), "bias": ("bias", "bias_orig", "bias_mask")}
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one layer could lose.
-
-    Attributes:
-        heads: how many heads it has.
-        head_size: their width.
-        dead_heads: those that add nothing.
-        units: the width of the feed-forward.
-        dead_units: units that nothing reads.
-        foldable_units: units that are constant, and read.
-    """
-
-    heads: int
-    head_size: int
-    dead_heads: tuple[int, ...]
-    units: int
-    dead_units: tuple[int, ...]
-    foldable_units: tuple[int, ...]
-
-    def kept(self) -> "Kept":
-        """What is left when all that may go is gone; a head and a unit stay in any case."""
-        gone, folded = {*self.dead_units, *self.foldable_units}, self.foldable_units
-        heads = tuple(head for head in range(self.heads) if head not in set(self.dead_heads)) or (0,)
-        units = tuple(unit for unit in range(self.units) if unit not in gone)
-        if not units:
-            units, folded = (self.dead_units[:1], folded) if self.dead_units else (folded[:1], folded[1:])
-        return Kept(heads, units, folded)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a layer keeps.
-
-    Attributes:
-        heads: which of its heads, ascending, as counted before.
-        units: which of its feed-forward units, ascending, as counted before.
-        folded: units, not among the kept ones, whose constant goes into the second bias.
-    """
-
-    heads: tuple[int, ...]
-    units: tuple[int, ...]
-    folded: tuple[int, ...] = ()
 
 
 @dataclass
@@ -176,28 +117,6 @@ class Shrunk:
         return made
 
 
-def find(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
-    """What every layer of a known family could lose without a change of the model's answers. Changes nothing.
-
-    Returns:
-        Found by the layer's name, and, by name, why other layers could not be looked into.
-
-    Example:
-        >>> find(bert)[0]["encoder.layer.0"].dead_heads
-        (3, 7)
-    """
-    found, left = {}, {}
-    for name, layer, family in _layers(model):
-        try:
-            parts = family.parts(layer)
-            found[name] = _find(parts)
-        except Unfit as reason:
-            left[name] = str(reason)
-        except AttributeError as error:
-            left[name] = f"its parts have moved: {error}"
-    return found, left
-
-
 def shrink(model: nn.Module) -> Shrunk:
     """Removes dead heads and feed-forward units from the layers of known families, in place.
 
@@ -242,7 +161,7 @@ def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
         >>> narrow(model, {"encoder.layer.0": {"heads": [0, 5], "units": 717}}).widths()
         {'encoder.layer.0': {'heads': [0, 5], 'units': 717}}
     """
-    layers = {name: (layer, family) for name, layer, family in _layers(model)}
+    layers = {name: (layer, family) for name, layer, family in known_layers(model)}
     wanted: dict[str, Kept] = {}
     empty: list[str] = []
     for name, width in widths.items():
@@ -250,7 +169,7 @@ def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
             raise ValueError(f"narrow: expected layers of a known family. Got {name!r}.")
         layer, family = layers[name]
         try:
-            heads, _, units = _sizes(family.parts(layer))
+            heads, _, units = sizes_of(family.parts(layer))
         except (Unfit, AttributeError) as reason:
             raise ValueError(f"narrow: expected {name} to be a layer that can be cut. Got {reason}.") from None
         heads_left = _heads_of(name, width, heads)
@@ -286,11 +205,11 @@ def take_heads(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     Raises:
         ValueError: layers that cannot be cut; the model is unchanged then.
     """
-    layers = {name: (layer, family) for name, layer, family in _layers(model)}
+    layers = {name: (layer, family) for name, layer, family in known_layers(model)}
     wanted = {}
     for name, heads in kept.items():
         layer, family = layers[name]
-        wanted[name] = Kept(tuple(heads) or (0,), tuple(range(_sizes(family.parts(layer))[2])))
+        wanted[name] = Kept(tuple(heads) or (0,), tuple(range(sizes_of(family.parts(layer))[2])))
     for name, reason in _obstacles(model, wanted, hooks=False).items():
         raise ValueError(f"prune_heads: expected {name} to be a layer that can be cut. Got one that cannot: {reason}.")
     _narrow(model, wanted, hooks=False)
@@ -312,7 +231,7 @@ def unshrink(model: nn.Module, record: Shrunk) -> nn.Module:
         RuntimeError: tensors that are not those which were cut; the model is unchanged then.
     """
     tensors = _full(model, record)
-    layers = {name: (layer, family) for name, layer, family in _layers(model)}
+    layers = {name: (layer, family) for name, layer, family in known_layers(model)}
     for name in record.layers:
         if name not in layers:
             raise RuntimeError(f"unshrink: expected the layer {name} that was shrunk. Got none.")
@@ -372,10 +291,10 @@ def ragged(model: nn.Module) -> dict[str, dict[str, Any]]:
     for prefix, root in plan.pretrained_roots(model).items():
         heads = getattr(root.config, "num_attention_heads", None)
         units = getattr(root.config, "intermediate_size", None) or getattr(root.config, "hidden_dim", None)
-        for name, layer, family in _layers(root):
+        for name, layer, family in known_layers(root):
             try:
                 parts = family.parts(layer)
-                _, _, wide = _sizes(parts, (nn.Linear, *(scheme.linear for scheme in SCHEMES)))
+                _, _, wide = sizes_of(parts, (nn.Linear, *(scheme.linear for scheme in SCHEMES)))
             except (Unfit, AttributeError):
                 continue
             kept = numbers(parts)
@@ -396,7 +315,7 @@ def numbers(parts: LayerParts) -> tuple[int, ...]:
 def slices(model: nn.Module, found: Mapping[str, Found]) -> dict[str, tuple[int, Tensor]]:
     """Of the linears that `shrink` would cut, by name: the dimension, and the indices that stay."""
     made: dict[str, tuple[int, Tensor]] = {}
-    for name, _, family in _layers(model):
+    for name, _, family in known_layers(model):
         if name in found:
             layer = found[name]
             names = _slot_names(model, name, family)
@@ -405,106 +324,13 @@ def slices(model: nn.Module, found: Mapping[str, Found]) -> dict[str, tuple[int,
     return made
 
 
-def effective(module: nn.Module, name: str = "weight") -> Tensor | None:
-    """The tensor that `module` computes with: under torch.nn.utils.prune the masked one, as of now.
-
-    Example:
-        >>> linear = torch.nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 8)
-        >>> int((effective(linear) == 0).sum())
-        8
-    """
-    original, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
-    with torch.no_grad():
-        if original is not None and mask is not None:
-            # The attribute is as old as the last forward pass.
-            return original.detach() * mask.to(original.dtype)
-        tensor = getattr(module, name, None)
-    known = isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor)
-    return tensor.detach() if known else None
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` can be read one by one: not on meta, no subclass, not sparse."""
-    return type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
-
-
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module, type[Any]]]:
-    """The layers of known families in `model`: name, layer and the family's class of layers."""
-    made = []
-    for prefix, root in plan.pretrained_roots(model).items():
-        from .families import layers_of
-
-        made += [(f"{prefix}.{name}" if prefix else name, *rest) for name, *rest in layers_of(root)]
-    return made
-
-
-def _sizes(parts: LayerParts, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> tuple[int, int, int]:
-    """Heads, head size and units of a layer; raises Unfit where its matrices do not fit together."""
-    linears = [getattr(*slot) for slot in parts.linears()]
-    for linear in linears:
-        if not isinstance(linear, kinds) or isinstance(linear, nn.LazyLinear):
-            raise Unfit(f"a projection is {type(linear).__name__}")
-    query, key, value, out, ffn1, ffn2 = linears
-    width, size = query.out_features, round(parts.scaling**-2)
-    fits = (
-        width > 0
-        and size > 0
-        and width % size == 0
-        and key.out_features == value.out_features == out.in_features == width
-        and ffn1.out_features == ffn2.in_features > 0
-    )
-    if not fits:
-        raise Unfit("projections whose shapes do not fit")
-    return width // size, size, ffn1.out_features
-
-
-def _find(parts: LayerParts) -> Found:
-    heads, size, units = _sizes(parts)
-    slots = (getattr(*slot) for slot in parts.linears())
-    (wq, bq), (wk, bk), (wv, bv), (wo, _), (w1, b1), (w2, _) = ((effective(m), effective(m, "bias")) for m in slots)
-    for weight, slot in zip((wq, wk, wv, wo, w1, w2), parts.linears(), strict=True):
-        linear = getattr(*slot)
-        if not readable(weight) or tuple(weight.shape) != (linear.out_features, linear.in_features):
-            raise Unfit("its weights cannot be read")
-
-    unread = ~(wo != 0).any(0).view(heads, size).any(1)
-    silent = ~(wv != 0).any(1).view(heads, size).any(1)
-    if bv is not None:
-        silent &= ~(bv != 0).view(heads, size).any(1)
-    dead_heads = []
-    for head in _indices(unread | silent):
-        rows = slice(head * size, (head + 1) * size)
-        if _finite(wq[rows], wk[rows], wv[rows], wo[:, rows], *(b[rows] for b in (bq, bk, bv) if b is not None)):
-            dead_heads.append(head)
-
-    if not _elementwise(getattr(*parts.activation)):
-        return Found(heads, size, tuple(dead_heads), units, (), ())
-    unread = ~(w2 != 0).any(0)
-    constant = ~(w1 != 0).any(1) & ~unread
-    dead = [u for u in _indices(unread) if _finite(w1[u], *(b[u] for b in (b1,) if b is not None))]
-    foldable = [u for u in _indices(constant) if _finite(w2[:, u])]
-    if foldable:
-        values = torch.isfinite(_constants(parts, foldable)).tolist()
-        foldable = [unit for unit, finite in zip(foldable, values, strict=True) if finite]
-    return Found(heads, size, tuple(dead_heads), units, tuple(dead), tuple(foldable))
-
-
-def _constants(parts: LayerParts, units: Sequence[int]) -> Tensor:
-    """What units whose row of the first matrix is zero always are: act(bias), fp64 [units]."""
-    ffn1 = getattr(*parts.ffn1)
-    bias = effective(ffn1, "bias")
-    with torch.no_grad():
-        x = effective(ffn1).new_zeros(len(units)) if bias is None else bias[list(units)]
-        return getattr(*parts.activation)(x.double())
-
-
 def _narrow(model: nn.Module, wanted: Mapping[str, Kept], hooks: bool = True) -> Shrunk:
     """Cuts the layers to what is wanted; what cannot be cut stays, with its reason in the record.
 
     Args:
         hooks: see `_obstacles`.
     """
-    layers = {name: (layer, family) for name, layer, family in _layers(model)}
+    layers = {name: (layer, family) for name, layer, family in known_layers(model)}
     record = Shrunk()
     wanted = {name: kept for name, kept in wanted.items() if _loses(kept, *layers[name])}
     record.left = _obstacles(model, wanted, hooks)
@@ -513,7 +339,7 @@ def _narrow(model: nn.Module, wanted: Mapping[str, Kept], hooks: bool = True) ->
             continue
         layer, family = layers[name]
         parts = family.parts(layer)
-        heads, size, units = _sizes(parts)
+        heads, size, units = sizes_of(parts)
         numbers = getattr(parts.query[0], "kept_heads", None)
         names = _slot_names(model, name, family)
         headless = getattr(parts.query[0], "headless", False)
@@ -542,7 +368,7 @@ def _slices(kept: Kept, heads: int, size: int, units: int) -> dict[str, tuple[in
 
 
 def _loses(kept: Kept, layer: nn.Module, family: type[Any]) -> bool:
-    heads, _, units = _sizes(family.parts(layer))
+    heads, _, units = sizes_of(family.parts(layer))
     return len(kept.heads) < heads or len(kept.units) < units
 
 
@@ -555,7 +381,7 @@ def _obstacles(model: nn.Module, wanted: Mapping[str, Kept], hooks: bool = True)
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     held = Counter(id(child) for module in model.modules() for child in module._modules.values())
     obstacles = {}
-    for name, layer, family in _layers(model):
+    for name, layer, family in known_layers(model):
         if name not in wanted:
             continue
         parts = family.parts(layer)
@@ -629,7 +455,7 @@ def _fold(parts: LayerParts, units: Sequence[int], name: str) -> Fold | None:
     ffn2 = getattr(*parts.ffn2)
     weight, before = effective(ffn2), ffn2.bias
     with torch.no_grad():
-        constant = weight[:, list(units)].double() @ _constants(parts, units).to(weight.device)
+        constant = weight[:, list(units)].double() @ constants_of(parts, units).to(weight.device)
         if not bool(constant.any()):
             return None
         start = 0.0 if before is None else before.detach().double()
@@ -712,16 +538,6 @@ def _settle(linear: nn.Linear) -> None:
             hook(linear, None)
 
 
-def _elementwise(activation: Any) -> bool:
-    """Whether an activation computes each unit from itself alone."""
-    if activation_code(activation) is not None:
-        return True
-    if not isinstance(activation, nn.Module) or next(activation.parameters(), None) is not None:
-        return False
-    known = type(activation).__module__ in ("transformers.activations", "torch.nn.modules.activation")
-    return known and not isinstance(activation, _NOT_ELEMENTWISE)
-
-
 def _heads_of(name: str, width: Mapping[str, Any], count: int) -> tuple[int, ...]:
     heads = width.get("heads", range(count))
     right = isinstance(heads, (list, tuple, range)) and all(type(head) is int for head in heads)
@@ -735,11 +551,3 @@ def _units_of(name: str, width: Mapping[str, Any], count: int) -> int:
     if type(units) is not int or not 1 <= units <= count:
         raise ValueError(f"narrow: expected units of {name} to be from 1 to {count}. Got {units!r}.")
     return units
-
-
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
-def _indices(mask: Tensor) -> list[int]:
-    return mask.nonzero().flatten().tolist()

@@ -26,6 +26,8 @@ BLOCKS = (
 _LARGEST = 128
 # n of every m, strictest first.
 _PATTERNS = ((1, 4), (1, 2), (2, 4))
+# A matrix with a smaller share of zeros, beside whole rows and columns of them, is called dense: a few come by chance.
+DENSE = 0.01
 # Zeros that a block may leave in kept blocks, as a share of the zeros and of the nonzeros, and still explain a matrix.
 _UNEXPLAINED = 0.1
 
@@ -98,7 +100,10 @@ class Blocks:
 
     def best(self, live_rows: Tensor, live_columns: Tensor, nonzeros: int) -> tuple[int, int] | None:
         """The largest block that explains the zeros of live rows and columns; see Matrix.block."""
-        zeros = int(live_rows.sum()) * int(live_columns.sum()) - nonzeros
+        live = int(live_rows.sum()) * int(live_columns.sum())
+        zeros = live - nonzeros
+        if zeros < DENSE * live:
+            return None
         allowed = _UNEXPLAINED * min(zeros, nonzeros)
         best, left, seen = (1, 1), 0.0, {(1, 1)}
         queue = [(1, 1)]
@@ -115,7 +120,7 @@ class Blocks:
                     queue.append(block)
                     if (-block[0] * block[1], uncovered) < (-best[0] * best[1], left):
                         best, left = block, uncovered
-        return best if best != (1, 1) and zeros else None
+        return best if best != (1, 1) else None
 
     def _live(self, block: tuple[int, int], rows: Tensor, columns: Tensor) -> float:
         """How many weights in live rows and columns lie in blocks that hold anything."""

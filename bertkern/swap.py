@@ -90,11 +90,12 @@ def run_by_kernels(
     known = tuning.naming(known, [*(choice.name for choice in choices), *quantized])
     # Of layers that a plan does not tell of, too.
     times = tuning.Times() if measure else None
+    anew: list[str] = []
     for choice in choices:
         if choice.action == "packed":
             form = tuning.Choice(DENSE)
             if sparse:
-                form = _form(choice.name, choice.module, known, times, shared, rows)
+                form = _form(choice.name, choice.module, known, times, shared, rows, anew)
             record.forms[choice.name] = form
             pack(choice.module, form.form)
             record.left.pop(choice.name, None)
@@ -105,7 +106,7 @@ def run_by_kernels(
         if isinstance(module, PackedCache) and gpu.runs_on(module.weight_scale.device):
             if isinstance(module, (Int8Linear, GroupwiseLinear)) and module.packable():
                 if isinstance(module, Int8Linear):
-                    record.forms[name] = _form(name, module, known, times, shared, rows)
+                    record.forms[name] = _form(name, module, known, times, shared, rows, anew)
                     module.take_form(record.forms[name].form)
                 module.operand()
             continue
@@ -113,16 +114,20 @@ def run_by_kernels(
             continue
         codes = module.weight_codes
         if isinstance(module, Int8Linear):
-            record.forms[name] = _form(name, module, known, times, shared, rows)
+            record.forms[name] = _form(name, module, known, times, shared, rows, anew)
             module.take_form(record.forms[name].form)
         module.packed()
         # The kernels read the packed copy. Now, because the module may have let go of its codes.
         mapped.release(codes)
+        codes = None
+        mapped.trim()
+    tuning.tell_others(anew)
     if times is not None:
         _choose_providers(model, times, exact_attention)
         times.save()
     fuse(model, record, keep_padding, exact_attention)
     setattr(model, RECORD, record)
+    mapped.trim()
     if quantized:
         mark_quantized(model, None)
     # Float weights, norms, and what stands between the codes of a file: the kernels have copies of it all.
@@ -176,8 +181,13 @@ def _form(
     times: tuning.Times | None,
     shared: set[int],
     rows: Mapping[str, int],
+    anew: list[str],
 ) -> tuning.Choice:
-    """In which form the layer `name` is to run."""
+    """In which form the layer `name` is to run.
+
+    Args:
+        anew: takes the name in, where the plan tells of another weight.
+    """
     given = None if known is None else known.layers.get(name)
     if given is None and isinstance(module, (Int8Linear, SparseLinear)) and module.form != DENSE:
         return tuning.Choice(module.form)
@@ -186,8 +196,10 @@ def _form(
     if not (weight.device.type == "cpu" or on_gpu) or weight.data_ptr() in shared:
         return tuning.Choice(DENSE)
     at = (rows[name],) if rows.get(name) else gpu_tuning.ROWS if on_gpu else tuning.ROWS
-    if given is not None and tuning.fits(given.form, weight):
-        return given
+    if given is not None:
+        if tuning.holds(given, weight.detach()):
+            return given
+        anew.append(name)
     if on_gpu:
         # Kernels of sparse codes round no output.
         choosable = not isinstance(module, Int8Linear) or not float(module.output_scale)

@@ -12,7 +12,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ ROWS = (16, 128)
 MARGIN = 0.98
 # Fewer zeros are not worth a look: break-even lies near 5 %.
 LEAST_ZEROS = 0.03
+# Weights whose shares of blocks differ by no more than this are alike.
+_ALIKE = 0.02
 # Forms that the cost model puts beyond this share are not timed.
 _HOPELESS = 1.05
 # Steps along K that the kernels' lists can tell apart (kSparseDwords in csrc).
@@ -56,11 +58,15 @@ class Choice:
         form: the chosen one.
         shares: of every form that was compared, its time as a share of the dense kernel's.
         measured: whether these are measured; else they are the cost model's.
+        weight: of which dtype and shape the weight is that this was found for; empty: of any.
+        kept: the share of its blocks, of the form's size, that hold anything; of single weights where it is dense.
     """
 
     form: Form
     shares: Mapping[str, float] = field(default_factory=dict)
     measured: bool = False
+    weight: str = ""
+    kept: float = 0.0
 
     def __str__(self) -> str:
         others = ", ".join(f"{form} {share:.2f}" for form, share in self.shares.items())
@@ -88,7 +94,12 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON values that `from_dict` reads."""
         layers = {
-            name: {"form": str(c.form), "shares": dict(c.shares), "measured": c.measured}
+            name: {
+                "form": str(c.form),
+                "shares": dict(c.shares),
+                "measured": c.measured,
+                **({"weight": c.weight, "kept": c.kept} if c.weight else {}),
+            }
             for name, c in self.layers.items()
         }
         return {"version": self.version, "machine": dict(self.machine), "layers": layers}
@@ -107,8 +118,13 @@ class Plan:
                 raise ValueError(f"Plan: expected a form for {name}. Got {entry!r}.")
             shares = entry.get("shares", {})
             known = isinstance(shares, dict) and all(isinstance(share, (int, float)) for share in shares.values())
+            weight, kept = entry.get("weight"), entry.get("kept")
+            told = isinstance(weight, str) and isinstance(kept, (int, float))
             layers[name] = Choice(
-                Form.parse(entry["form"]), shares if known else {}, entry.get("measured") is True and known
+                Form.parse(entry["form"]),
+                shares if known else {},
+                entry.get("measured") is True and known,
+                *((weight, kept) if told else ()),
             )
         return cls(layers, values["machine"])
 
@@ -194,17 +210,16 @@ def choose(
     """
     forms = candidates(weight)
     if not forms:
-        return Choice(DENSE)
+        return found_for(weight, Choice(DENSE))
     if times is None:
         shares = {str(form): cost for form, (_, cost) in forms.items()}
-        return fastest(list(forms), shares, measured=False)
-    kind = str(weight.dtype).removeprefix("torch.")
+        return found_for(weight, fastest(list(forms), shares, measured=False))
     n, k = weight.shape
     shares: dict[str, float] = {}
     dense: Tensor | None = None
     for form, (density, _) in forms.items():
         at = "" if tuple(rows) == ROWS else f" at {','.join(map(str, rows))}"
-        key = f"{kind} {n}x{k} {form} {density:.2f}{at}"
+        key = f"{_kind(weight)} {form} {density:.2f}{at}"
         share = times.get(key)
         if share is None:
             dense = pack_dense() if dense is None else dense
@@ -212,7 +227,33 @@ def choose(
             share = _share(pack_blocks(blocks, form, scale, None), dense, n, k, rows)
             times.put(key, share)
         shares[str(form)] = share
-    return fastest(list(forms), shares, measured=True)
+    return found_for(weight, fastest(list(forms), shares, measured=True))
+
+
+def found_for(weight: Tensor, choice: Choice) -> Choice:
+    """`choice`, which says that it was found for `weight` [N, K]."""
+    return replace(choice, weight=_kind(weight), kept=_kept(weight, choice.form))
+
+
+def holds(choice: Choice, weight: Tensor) -> bool:
+    """Whether `choice`, which a plan tells of, was found for such a weight as `weight` [N, K], and the kernels take it.
+
+    Else its form might be slower than the dense one, or the dense one than others.
+    """
+    if not fits(choice.form, weight) or choice.weight not in ("", _kind(weight)):
+        return False
+    return not choice.weight or abs(choice.kept - _kept(weight, choice.form)) <= _ALIKE
+
+
+def tell_others(names: Sequence[str]) -> None:
+    """Warns that the layers `names` are not those that a plan tells of."""
+    if names:
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        warnings.warn(
+            f"bertkern: the plan is made anew for {names[0]}{others}: it was made for weights of another dtype or "
+            "shape, or with other zeros.",
+            stacklevel=_CALLER,
+        )
 
 
 def fits(form: Form, weight: Tensor) -> bool:
@@ -340,6 +381,16 @@ def _share(packed: Tensor, dense: Tensor, n: int, k: int, rows: Sequence[int]) -
                     best[id(weights)] = min(best[id(weights)], time.perf_counter() - start)
             shares.append(best[id(packed)] / best[id(dense)])
     return max(shares) if max(shares) >= 1 else math.exp(sum(map(math.log, shares)) / len(shares))
+
+
+def _kind(weight: Tensor) -> str:
+    # There are no kernels of its own for fp16 on a CPU.
+    dtype = torch.float32 if weight.dtype == torch.float16 and weight.is_cpu else weight.dtype
+    return f"{str(dtype).removeprefix('torch.')} {weight.shape[0]}x{weight.shape[1]}"
+
+
+def _kept(weight: Tensor, form: Form) -> float:
+    return _density(weight != 0, form.rows or 1, form.columns or 1) if weight.numel() else 0.0
 
 
 def _density(nonzero: Tensor, rows: int, columns: int) -> float:

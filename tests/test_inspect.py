@@ -172,7 +172,7 @@ def test_heads_and_units_of_every_family(family):
     name = next(name for name, module in model.named_modules() if module is value)
     assert next(row for row in found.rows if row.name == name).times == {"fp32": 0.5, "int8": 0.5}
     text = str(found)
-    assert f"{names_of(model)[0]}  4      1 2" in text
+    assert f"{names_of(model)[0]}  4      2: 1 2" in text
     assert "3 of 12 heads, 10 dead and 10 constant of 351 feed-forward units" in text
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -289,6 +289,43 @@ def test_as_data_and_as_tables():
     narrow = io.StringIO()
     Console(file=narrow, width=60).print(found)
     assert max(map(len, narrow.getvalue().splitlines())) <= 60
+
+
+def test_layers_with_other_patterns_have_lines_of_their_own():
+    model = make("BertModel", num_hidden_layers=6)
+    with torch.no_grad():
+        for number, layer in enumerate(model.encoder.layer):
+            weight = layer.output.dense.weight
+            if number in (0, 1, 4):
+                weight.mul_(blocks(*weight.shape, (4, 1), 0.3) != 0)
+            elif number == 2:
+                weight.zero_()
+    lines = [line.split() for line in str(bk.inspect(model)).splitlines()]
+    found = {
+        line[0]: line for line in lines if line and line[0].endswith("output.dense") and "attention" not in line[0]
+    }
+    assert list(found) == [f"encoder.layer.{numbers}.output.dense" for numbers in ("0-1,4", "2", "3,5")]
+    assert [found[name][1] for name in found] == ["3", "1", "2"]
+    assert {"4x1", "blocks"} <= set(found["encoder.layer.0-1,4.output.dense"])
+    # No speed is told of what has nothing left to compute.
+    assert found["encoder.layer.2.output.dense"][-3:] == [">99x", ">99x", "int8"]
+    assert ["encoder.layer.*.attention.self.query", "6"] in [line[:2] for line in lines]
+
+
+def test_a_zero_that_came_by_chance_is_no_pattern():
+    weight = torch.ones(300, 400)
+    weight[5, 6] = 0
+    assert (row_of(weight).block, row_of(weight).structure) == (None, "dense")
+    weight[:, 7] = weight[:, 100:200] = 0
+    assert (row_of(weight).block, row_of(weight).structure) == (None, "whole rows, columns")
+
+
+def test_a_layer_without_heads_has_none():
+    model = bk.prune_heads(make("BertModel"), {1: range(2)})
+    found = bk.inspect(model)
+    assert [layer.heads for layer in found.layers] == [2, 0, 2]
+    assert (found.totals.heads, found.totals.dead_heads) == (4, 0)
+    assert bk.inspect(bk.accelerate(model)).totals.heads == 4
 
 
 def test_the_module_does_not_hide_the_function(run_python):

@@ -1,5 +1,6 @@
 """Pages of a mapped file are let go of, and nothing else is."""
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -74,3 +75,32 @@ def test_other_memory_is_left_alone(tensor):
     assert not release(tensor)
     if tensor.device.type == "cpu":
         assert bool((tensor == 1).all())
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_what_is_freed_goes_back_to_the_system(run_python):
+    code = """
+import re, torch
+import bertkern as bk
+from pathlib import Path
+
+def resident():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+def model():
+    return torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(30))).eval()
+
+bk.accelerate(model()[:1], measure=False)
+# From here on malloc keeps what is as large as a weight, and the last piece keeps it from seeing an end of its heap.
+large = torch.ones(7 * 2**20)
+del large
+sparse, last = model(), torch.ones(2**16)
+with torch.no_grad():
+    for linear in sparse:
+        linear.weight[64:] = 0
+before = resident()
+bk.accelerate(sparse, measure=False)
+print(before - resident())
+"""
+    done = run_python(code)
+    assert int(done.stdout) > 80, done.stderr + done.stdout  # of 126 MB

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import bertkern as bk
-from bertkern import shrink
+from bertkern import dead, shrink
 from bertkern.families import layers_of
 
 from .families.zoo import FAMILIES, OWN_WEIGHTS, inputs, make, padded, real, tensors
@@ -229,7 +229,7 @@ def test_what_must_stay_stays(family):
         getattr(*third.ffn1).weight[8, 3] = float("nan")  # 0 x NaN is the answer's NaN
         getattr(*third.ffn1).bias[9] = float("inf")
         getattr(*third.value).weight[3 * SIZE, 3] = float("nan")
-    found, left = shrink.find(model)
+    found, left = dead.find(model)
     name = names_of(model)
     assert not left and [found[n].dead_heads for n in name] == [(), (), (0,)]
     assert (found[name[1]].dead_units, found[name[1]].foldable_units) == ((), (4,))
@@ -310,7 +310,7 @@ def test_units_stay_where_the_activation_mixes_them(family):
     model = prune_some(model_of(family))
     second = parts_of(model)[1]
     setattr(*second.activation, nn.Softmax(-1))
-    found = shrink.find(model)[0][names_of(model)[1]]
+    found = dead.find(model)[0][names_of(model)[1]]
     assert found.dead_units == found.foldable_units == () and found.dead_heads == (0,)
 
 
@@ -355,10 +355,10 @@ def test_masks_made_since_the_last_forward_pass_count():
     prune.identity(out, "weight")
     model(**inputs(model))
     out.weight_mask[:, head(2)] = 0  # as an optimizer or a loaded checkpoint would: the attribute is stale
-    assert shrink.find(model)[0]["encoder.layer.0"].dead_heads == (2,)
+    assert dead.find(model)[0]["encoder.layer.0"].dead_heads == (2,)
     with torch.no_grad():
         out.weight_orig[0, head(2)[0]] = float("nan")
-    assert shrink.find(model)[0]["encoder.layer.0"].dead_heads == ()
+    assert dead.find(model)[0]["encoder.layer.0"].dead_heads == ()
 
 
 def test_a_masked_bias_takes_no_constants_up():

@@ -3,6 +3,7 @@
 Importing this registers the quantizer; `import bertkern` sees to it as soon as transformers' own registry exists.
 
 record.py    what stands in config.json
+blocks.py    float models whose files hold blocks
 files.py     what a checkpoint's files hold
 skeleton.py  the model that its tensors are loaded into; which tensors these are stands in bertkern/schemes/
 """
@@ -19,6 +20,8 @@ from .. import mapped, plan
 from ..ragged import RaggedConfig
 from ..record import record_of
 from ..schemes import scheme_under
+from .blocks import await_blocks
+from .blocks import take_blocks as take_float_blocks
 from .files import damage, of_body
 from .record import METHOD, BertkernConfig, describe, write_blocks
 from .skeleton import (
@@ -65,8 +68,11 @@ class BertkernQuantizer(HfQuantizer):
         ragged = shape_as(model, self.quantization_config)
         if self.pre_quantized and scheme_under(config):
             self._ties = build_skeleton(model, self.quantization_config, checkpoint_files)
-        elif ragged:
-            check_shapes(model, checkpoint_files)
+        else:
+            blocks = config.blocks if isinstance(config, RaggedConfig) else {}
+            await_blocks(model, blocks, checkpoint_files)
+            if ragged or blocks:
+                check_shapes(model, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -77,6 +83,7 @@ class BertkernQuantizer(HfQuantizer):
         # Codes are among them, which the packed copies will take the place of.
         from_file = [*model.parameters(), *model.buffers()]
         take_blocks(model)
+        take_float_blocks(model)
         fill_stand_ins(model)
         if isinstance(config, RaggedConfig):
             # A float model like any other, but for what its config records.

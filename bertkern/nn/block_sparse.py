@@ -137,6 +137,21 @@ class BlockSparseLinear(PackedCache, nn.Module):
         return made
 
     @classmethod
+    def awaiting(
+        cls, blocks: int, block: tuple[int, int], shape: tuple[int, int], bias: bool, dtype: torch.dtype
+    ) -> BlockSparseLinear:
+        """A layer on the meta device for so many blocks of a weight of `shape`, which a file is about to bring."""
+        (n, k), rows = shape, -(-shape[0] // block[0])
+        crow, col = (torch.empty(size, dtype=torch.int32, device="meta") for size in (rows + 1, blocks))
+        values = torch.empty(blocks, *block, dtype=dtype, device="meta")
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._hold(BsrWeight(crow, col, values, (n, k)))
+        made.bias = nn.Parameter(values.new_empty(n)) if bias else None
+        made._reindex()
+        return made
+
+    @classmethod
     def from_linear(cls, linear: nn.Linear, block: tuple[int, int] = (32, 32)) -> BlockSparseLinear:
         """`linear` with those blocks of its weight that hold anything but zeros; exactly the same function.
 

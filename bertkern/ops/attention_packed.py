@@ -3,7 +3,7 @@
     attention_packed_cuda    out = factor * softmax(scale q k^T + bias) v, a sequence and a head at a time
 
 Masked positions whose hidden states are wanted follow a sequence's keys as queries alone. On CUDA it is the kernel
-`attend` of kernels/attention_forward.py, or that of csrc/cuda/attention where it was found to be faster, elsewhere plain
+`attend` of kernels/attention_forward.py, or that of csrc/cuda/attention where it was found faster, elsewhere plain
 PyTorch; see `attention_triton` for all of them.
 """
 

@@ -12,10 +12,10 @@ from torch.nn.utils import prune
 import bertkern as bk
 from bertkern import tuning
 from bertkern.families import layers_of
-from bertkern.nn import Form, Int8Linear, PackedLinear, SparseLinear
+from bertkern.nn import BlockSparseLinear, Form, Int8Linear, PackedLinear, SparseLinear
 
 from .test_accelerate import assert_same
-from .zoo import FAMILIES, OWN_WEIGHTS, inputs, make, padded
+from .zoo import FAMILIES, OWN_WEIGHTS, answer, inputs, make, padded
 
 FORMS = (Form("panels", 16, 1), Form("panels", 16, 4), Form("tokens", 1, 1), Form("tokens", 4, 4), Form("tokens", 2, 3))
 
@@ -310,7 +310,7 @@ def heavy(zeros, block=(16, 4)):
 
 def test_the_plan_finds_what_pays():
     assert bk.plan_of(bk.accelerate(heavy(0.9))).layers["0"].form.layout in ("panels", "tokens")
-    assert bk.plan_of(bk.accelerate(heavy(0.0))).layers["0"] == tuning.Choice(tuning.DENSE)
+    assert bk.plan_of(bk.accelerate(heavy(0.0))).layers["0"].form == tuning.DENSE
     assert bk.plan_of(bk.quantize_(heavy(0.5, (1, 1)))).layers["0"].form == tuning.DENSE
 
 
@@ -432,6 +432,33 @@ def test_a_plan_of_another_model(tmp_path, monkeypatch):
     assert [warning.filename for warning in caught] == [__file__]
 
 
+@pytest.mark.parametrize(
+    ("now", "form"),
+    [
+        (lambda: heavy(0.0), tuning.DENSE),  # the plan's form would be slower
+        (lambda: heavy(0.9, (32, 64)), None),
+        (lambda: heavy(0.7, (1, 1)), None),  # as many zeros, in another pattern
+        (lambda: nn.Sequential(nn.Linear(260, 512)), tuning.DENSE),
+        (lambda: heavy(0.9).bfloat16(), None),
+    ],
+    ids=["dense", "sparser", "pattern", "shape", "dtype"],
+)
+def test_a_plan_made_for_other_weights(now, form, tmp_path, monkeypatch):
+    monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
+    bk.plan_of(bk.accelerate(heavy(0.7))).save(tmp_path / "plan.json")
+    with pytest.warns(UserWarning, match=r"plan is made anew for 0: it was made for weights of another") as caught:
+        made = bk.plan_of(bk.accelerate(now().eval(), plan=tmp_path / "plan.json")).layers["0"]
+    assert made.measured if form is None else made.form == form
+    assert [warning.filename for warning in caught] == [__file__]
+    # Small changes, such as fine-tuning makes them, are none.
+    model = heavy(0.7)
+    with torch.no_grad():
+        model[0].weight[0, :40] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bk.accelerate(model, plan=tmp_path / "plan.json")
+
+
 def test_layers_that_a_plan_does_not_tell_of_are_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("BERTKERN_CACHE", str(tmp_path))
     model = nn.Sequential(heavy(0.9)[0], nn.Linear(512, 256), nn.ReLU())
@@ -460,3 +487,37 @@ def test_the_report_says_which_form_and_why():
     model = bk.accelerate(heavy(0.9))
     text = str(bk.report(model))
     assert str(model[0].form) in text and "measured time, dense = 1:" in text
+
+
+@pytest.mark.parametrize("swap", [bk.accelerate, bk.quantize_])
+def test_blocks_that_were_trained_run_like_any_zeros(swap):
+    model = pruned("BertModel", share=0.0)
+    dense = copy.deepcopy(model)
+    for layer, same in zip(model.encoder.layer, dense.encoder.layer, strict=True):
+        for part, name in ((layer.intermediate, "dense"), (layer.attention.self, "value"), (layer.output, "dense")):
+            linear = getattr(part, name)
+            pattern = torch.rand(-(-linear.out_features // 4), -(-linear.in_features // 4)) < 0.3
+            blocks = BlockSparseLinear(linear.in_features, linear.out_features, (4, 4), pattern=pattern)
+            setattr(part, name, blocks.eval())
+        same.intermediate.dense.weight.data.copy_(layer.intermediate.dense.weight)
+        same.intermediate.dense.bias = layer.intermediate.dense.bias
+        for slot in (("attention", "self", "value"), ("output", "dense")):
+            blocks, plain = layer.get_submodule(".".join(slot)), same.get_submodule(".".join(slot))
+            plain.weight.data.copy_(blocks.weight)
+            plain.bias = blocks.bias
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layer = model.encoder.layer[0]
+    trained, batch = layer.intermediate.dense, padded(model, "trailing")
+    rows = {row.name: row for row in bk.inspect(model).rows}
+    assert rows["encoder.layer.0.intermediate.dense"].structure == "4x4 blocks"
+    options = {} if swap is bk.accelerate else {"config": bk.Int8Config(keep_original=True)}
+    swap(model, measure=False, **options)
+    swap(dense, measure=False, **options)
+    for key, value in answer(dense, **batch).items():
+        assert torch.equal(answer(model, **batch)[key], value)
+    assert not bk.report(model).fallbacks and "one operator" in {row.runs for row in bk.report(model).rows}
+    bk.restore(model)
+    if swap is bk.accelerate:
+        assert layer.intermediate.dense is trained
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

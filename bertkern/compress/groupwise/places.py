@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bertkern import plan, shrink
+from bertkern import plan
 from bertkern.nn.encoder import Unfit
+from bertkern.weights import effective, readable
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Place:
         """The weights [N, K] as the linears compute with them, detached."""
         made = {}
         for name, linear in self.linears.items():
-            weight = shrink.effective(linear)
-            if weight is None or not shrink.readable(weight.data) or not weight.numel():
+            weight = effective(linear)
+            if weight is None or not readable(weight.data) or not weight.numel():
                 raise ValueError(f"{caller}: expected {self.name}.{name} to have a weight with values. Got none.")
             made[name] = weight
         return made

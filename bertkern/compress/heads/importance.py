@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bertkern import shrink
 from bertkern.head_masks import Places, places, watch
 from bertkern.nn.packing import plain_path
+from bertkern.weights import effective
 
 from ..batches import moved
 from ..observation import evaluating
@@ -88,7 +88,7 @@ def _magnitudes(found: Places) -> Tensor:
     for place in found.layers:
         total = torch.zeros(len(place.kept), dtype=torch.float64)
         for projection, dim in zip(place.projections if place.kept else (), (1, 1, 1, 0), strict=False):
-            weight = shrink.effective(projection)
+            weight = effective(projection)
             if weight is None:
                 raise ValueError(
                     f"head_importance: expected projections with weights. Got {type(projection).__name__} without."

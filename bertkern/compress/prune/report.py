@@ -1,10 +1,10 @@
 """What was pruned, as a table and as data."""
 
-import re
-from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+from bertkern.reports import gathered, table
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,14 @@ class PruneReport:
         return {"weights": self.weights, "pruned": self.pruned, "rows": rows}
 
     def __str__(self) -> str:
-        # Matrices that differ by nothing but the number of their layer share a line.
-        groups: Counter[tuple[str, ...]] = Counter()
-        for row in self.rows:
-            name = re.sub(r"\b\d+\b", "*", row.name.removesuffix(".weight"))
+        def cells(row: PruneRow) -> tuple[str, ...]:
             left = prod(row.shape) - row.pruned
-            groups[name, " x ".join(map(str, row.shape)), str(row.pruned), f"{left / prod(row.shape):.1%}"] += 1
-        table = [["matrix", "count", "shape", "zeros", "density"]]
-        table += [[line[0], str(count), *line[1:]] for line, count in groups.items()]
-        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-        table.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+            return " x ".join(map(str, row.shape)), str(row.pruned), f"{left / prod(row.shape):.1%}"
+
+        # Matrices that differ by nothing but the number of their layer share a line.
+        groups = gathered((row.name.removesuffix(".weight"), cells(row), row) for row in self.rows)
+        rows = [[name, str(len(members)), *told] for name, told, members in groups]
+        lines = table(["matrix", "count", "shape", "zeros", "density"], rows)
         share = self.pruned / self.weights if self.weights else 0.0
         return "\n".join(
             ["What is pruned", *lines, f"{self.pruned:,} of {self.weights:,} weights are zero: {share:.1%}"]
