@@ -188,10 +188,6 @@ struct Rows {
   int32_t* zeros;  // of each row's codes, where rows have ranges of their own; else null
   int32_t zero_of(int64_t row) const { return zeros ? zeros[row] : zero; }
   // Ready codes have one zero point.
-  void set_zero(int32_t one) {
-    zero = one;
-    if (zeros) std::fill_n(zeros, rows, one);
-  }
   int64_t begin(int64_t group) const {
     return group * (rows / groups) + (group < rows % groups ? group : rows % groups);
   }

@@ -49,7 +49,8 @@ void multiply(const Linear& w, int64_t m, const cpu::Output& output, const int32
   float* scale = w.kind == cpu::WeightKind::s8 ? reinterpret_cast<float*>(data + dwords) : nullptr;
   if (scale && fixed_scale) std::copy_n(fixed_scale, m, scale);
   Rows rows = cpu::make_rows(w, m, data, scale);
-  if (fixed_scale) rows.set_zero(zero);
+  // Ready codes have one zero point.
+  if (fixed_scale) rows.zero = zero, rows.zeros = nullptr;
   const int64_t threads = cpu::thread_count();
   const int64_t pack_tasks = m * w.k < 32768 ? 1 : std::min(rows.groups, 4 * threads);
   cpu::parallel(pack_tasks, [&](int64_t task) {
@@ -148,7 +149,7 @@ struct Codes {
   Tensor codes, scale;
   int64_t m;
   std::vector<float> row_scale;
-  std::vector<int32_t> init;  // empty: the weights' own zero point, or that of each row
+  std::vector<int32_t> init;  // empty: the weights' own zero point
   uint8_t xor_mask;
   int32_t zero;
 };
@@ -170,7 +171,7 @@ Codes checked_codes(const char* op, const Linear& w, const Tensor& codes, const 
   a.row_scale.resize(static_cast<size_t>(a.m));
   for (int64_t r = 0; r < a.m; ++r) a.row_scale[static_cast<size_t>(r)] = steps[a.scale.numel() == 1 ? 0 : r];
   const int64_t zero = is_signed ? cpu::kSignedZero : zero_point;
-  if (w.init && zero != w.input_zero) {
+  if (!w.init || zero != w.input_zero) {
     a.init.resize(static_cast<size_t>(w.panels * cpu::kPanel));
     cpu::init_of(w, zero, a.init.data());
   }
@@ -208,7 +209,7 @@ void multiply_requantize(const Linear& w, const Codes& a, cpu::Activation activa
     float* row_scale = reinterpret_cast<float*>(operand + dwords);
     std::copy_n(a.row_scale.data() + r0, count, row_scale);
     Rows rows = cpu::make_rows(w, count, operand, row_scale);
-    rows.set_zero(a.zero);
+    rows.zero = a.zero, rows.zeros = nullptr;
     for (int64_t g = 0; g < rows.groups; ++g) cpu::pack_code_group(w, rows, g, data + r0 * w.k, a.xor_mask);
     float* wide = requantize_memory.get<float>(count * w.n);
     cpu::Output output;
