@@ -28,7 +28,6 @@
 // bits with a block of its own; elsewhere K is as in the dense layout.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cpu/gemm/gemm.h"

@@ -32,16 +32,15 @@ void write_header(const LinearHeader& header, void* out) {
 
 namespace {
 
-int64_t token_blocks(const LinearHeader& h) {
-  const int64_t kd = dword_count(static_cast<WeightKind>(h.kind), h.k);
-  return std::max<int64_t>(1, (kd + kTokenBlock - 1) / kTokenBlock);
-}
+int64_t token_blocks(int64_t kd) { return std::max<int64_t>(1, (kd + kTokenBlock - 1) / kTokenBlock); }
+
 // Bytes of the index and of the table.
 int64_t index_bytes(const LinearHeader& h) { return h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4; }
 int64_t table_bytes(const LinearHeader& h, int64_t panels) {
   if (h.layout == 0) return h.features ? panels * (kPanel / h.features) * static_cast<int64_t>(sizeof(OrderCounts)) : 0;
-  return h.layout == 1 ? panels * static_cast<int64_t>(sizeof(PanelEntry))
-                       : (panels * kPanel / h.features * token_blocks(h) + 1) * 4;
+  if (h.layout == 1) return panels * static_cast<int64_t>(sizeof(PanelEntry));
+  const int64_t kd = dword_count(static_cast<WeightKind>(h.kind), h.k);
+  return (panels * kPanel / h.features * token_blocks(kd) + 1) * 4;
 }
 
 }  // namespace
@@ -304,7 +303,7 @@ void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* 
           ++*counts[which];
         }
     } else {
-      uint32_t* end = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features) * token_blocks(header);
+      uint32_t* end = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features) * token_blocks(kd);
       for (int64_t f = 0; f < kPanel; f += header.features) {
         for (int64_t d = 0; d < kd; ++d) {
           if (d > 0 && d % kTokenBlock == 0) *++end = static_cast<uint32_t>(entry);
@@ -331,7 +330,7 @@ SparsePanel sparse_panel(const Linear& linear, int64_t panel) {
 
 TokenPanel token_panel(const Linear& linear, int64_t panel) {
   const uint32_t* table = static_cast<const uint32_t*>(linear.table);
-  const int64_t blocks = std::max<int64_t>(1, (linear.kd + kTokenBlock - 1) / kTokenBlock);
+  const int64_t blocks = token_blocks(linear.kd);
   return {table + panel * (kPanel / linear.features) * blocks, blocks, static_cast<const uint16_t*>(linear.index),
           linear.weights};
 }
