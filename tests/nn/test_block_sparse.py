@@ -1,6 +1,7 @@
 """BlockSparseLinear: the masked dense layer's function and gradients, and everything that a module has to survive."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
@@ -569,6 +570,10 @@ def worker(rank: int, folder: str) -> None:
     module = nn.parallel.DistributedDataParallel(model())
     train(module, slice(4 * rank, 4 * rank + 4))
     torch.save(module.module.state_dict(), f"{folder}/{rank}.pt")
+    # Else the module is the last that holds the group, and frees it with the interpreter's lock in hand, for which a
+    # thread of the group may be waiting: seen to hang.
+    del module
+    gc.collect()
     dist.destroy_process_group()
 
 
