@@ -44,6 +44,7 @@ ISA_FLAGS = {
     "avx512": AVX512,
     "avx512vnni": [*AVX512, "-mavx512vnni"],
     "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]

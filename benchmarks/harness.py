@@ -34,6 +34,7 @@ ISA_VARIABLES = {
     },
     "avx512": {"BERTKERN_CPU_ISA": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "avx512vnni": {"BERTKERN_CPU_ISA": "avx512vnni", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    "avx512bf16": {"BERTKERN_CPU_ISA": "avx512bf16", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "portable": {"BERTKERN_CPU_ISA": "portable", "ATEN_CPU_CAPABILITY": "default"},
 }
 

@@ -116,5 +116,11 @@ def isa() -> str:
             flags = next((line.split() for line in info if line.startswith("flags")), [])
     except OSError:
         return "unknown"
-    known = {"avx512_bf16": "avx512bf16", "avx512_vnni": "avx512vnni", "avx512f": "avx512", "avx2": "avx2"}
+    known = {
+        "amx_int8": "amx",
+        "avx512_bf16": "avx512bf16",
+        "avx512_vnni": "avx512vnni",
+        "avx512f": "avx512",
+        "avx2": "avx2",
+    }
     return next((name for flag, name in known.items() if flag in flags), "portable")

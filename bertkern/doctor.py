@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "sentence-transformers")
-ISA_NAMES = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")  # as csrc/cpu/isa.h numbers them
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")  # as csrc/cpu/isa.h numbers them
 OLDEST_TRANSFORMERS = (5, 6)
 
 

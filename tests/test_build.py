@@ -13,7 +13,8 @@ import torch
 from bertkern import _lib
 
 ROOT = Path(__file__).resolve().parent.parent
-LEVELS = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+LEVELS = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
+VECTORS = LEVELS[1:-1]
 LIBRARY = _lib.LIBRARY
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 needs_x86 = pytest.mark.skipif(not X86, reason="needs x86-64")
@@ -109,7 +110,7 @@ def kernel_loops(path: Path):
 
 @needs_x86
 @needs_tool("objdump")
-@pytest.mark.parametrize("level", LEVELS[1:])
+@pytest.mark.parametrize("level", VECTORS)
 def test_no_product_goes_through_the_stack(level, objects):
     """Accumulators stay in registers from the first to the last step of K, in every tile, dense and sparse: a compiler
     that spills one of them halves the speed, and no other test would tell."""
@@ -132,7 +133,19 @@ def test_no_product_goes_through_the_stack(level, objects):
 
 @needs_x86
 @needs_tool("objdump")
-@pytest.mark.parametrize("level", LEVELS[1:])
+def test_matrix_units_are_used(objects):
+    (path,) = [path for path in objects if level_of(path) == "amx" and path.parent.name == "gemm"]
+    code = output("objdump", "-d", "--no-show-raw-insn", path)
+    for product in ("tdpbusd", "tdpbf16ps"):
+        # With two tiles of rows, with one, and each once more for the last dwords of K.
+        tiles = re.findall(rf"{product}\s+(\S+)", code)
+        assert set(tiles) == {f"%tmm{b},%tmm{a},%tmm{c}" for a, b, c in ((4, 6, 0), (4, 7, 1), (5, 6, 2), (5, 7, 3))}
+        assert len(tiles) == 12
+
+
+@needs_x86
+@needs_tool("objdump")
+@pytest.mark.parametrize("level", VECTORS)
 def test_no_product_of_attention_goes_through_the_stack(level, objects):
     (path,) = [path for path in objects if level_of(path) == level and path.parent.name == "attention"]
     loops = list(kernel_loops(path))

@@ -84,7 +84,7 @@ def test_unknown_isa_is_a_hint(run_python):
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["processor"]["isa_active"] is None
-    line = "BERTKERN_CPU_ISA: expected one of portable, avx2, avx512, avx512vnni, avx512bf16. Got 'avx9'."
+    line = "BERTKERN_CPU_ISA: expected one of portable, avx2, avx512, avx512vnni, avx512bf16, amx. Got 'avx9'."
     assert line in facts["hints"]
 
 

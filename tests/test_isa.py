@@ -9,7 +9,7 @@ from bertkern import _lib  # noqa: F401  registers the operators
 
 _host = pytest.importorskip("bertkern._host", reason="the host module was built for another Python")
 
-LEVELS = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+LEVELS = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
 DETECTED = _host.cpu()["isa"]
 ASK = "import torch; from bertkern import _lib; print(torch.ops.bertkern.cpu_isa())"
 
@@ -30,6 +30,7 @@ def test_detection_agrees_with_the_kernel():
         {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
         {"avx512_vnni"},
         {"avx512_bf16"},
+        {"amx_tile", "amx_int8", "amx_bf16"},
     ]
     flags, expected = flags_of_linux(), "portable"
     for name, need in zip(LEVELS, needs, strict=True):

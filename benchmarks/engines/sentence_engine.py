@@ -101,7 +101,7 @@ class Onnx(Sentences):
         from sentence_transformers import export_dynamic_quantized_onnx_model
 
         isa = peak.isa()
-        form = "avx512_vnni" if isa in ("avx512vnni", "avx512bf16") else "avx2"
+        form = "avx512_vnni" if isa in ("avx512vnni", "avx512bf16", "amx") else "avx2"
         target = artifacts(folder, f"sentence-transformers-onnxruntime-{ort.__version__}")
         name = f"model_qint8_{form}.onnx" if form != "avx2" else "model_quint8_avx2.onnx"
         if not (target / "onnx" / name).exists():

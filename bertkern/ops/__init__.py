@@ -33,8 +33,10 @@ def _activation(name: str | int) -> int:
 
 
 def cpu_isa() -> str:
-    """The instruction set in use after BERTKERN_CPU_ISA: "portable", "avx2", "avx512", "avx512vnni" or "avx512bf16"."""
-    return ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")[_op.cpu_isa()]
+    """The instruction set in use after BERTKERN_CPU_ISA: "portable", "avx2", "avx512", "avx512vnni", "avx512bf16" or
+    "amx".
+    """
+    return ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")[_op.cpu_isa()]
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,6 +16,11 @@
 #endif
 #endif
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -23,7 +28,7 @@
 namespace bertkern::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512", "avx512vnni", "avx512bf16"};
+constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
 
 #if BERTKERN_HAVE_CPUID
 
@@ -57,6 +62,16 @@ std::uint64_t xcr0() {
 #endif
 }
 
+// Linux saves tiles only for a process that has asked for them (also for the threads that it starts afterwards).
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 constexpr bool bit(std::uint64_t word, int index) { return (word >> index) & 1; }
 
 Isa detect() {
@@ -75,7 +90,10 @@ Isa detect() {
   if (!(saves_zmm && avx512)) return Isa::avx2;
   if (!bit(wide.ecx, 11)) return Isa::avx512;
   if (!bit(cpuid(7, 1).eax, 5)) return Isa::avx512vnni;
-  return Isa::avx512bf16;
+
+  const bool amx = bit(wide.edx, 22) && bit(wide.edx, 24) && bit(wide.edx, 25);  // BF16, TILE, INT8
+  const bool saves_tiles = (saved & 0x60000) == 0x60000;                         // their configuration and data
+  return amx && saves_tiles && may_use_tiles() ? Isa::amx : Isa::avx512bf16;
 }
 
 // Deterministic cache parameters: leaf 4 on Intel, 0x8000001D in the same layout on AMD, where leaf 4 is empty.

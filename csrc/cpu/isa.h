@@ -1,8 +1,8 @@
 // What the processor and the operating system allow, read once.
 //
-// Kernels come in one file per instruction set (csrc/cpu/<op>/{portable,avx2,avx512,avx512vnni,avx512bf16}.cpp), each
-// compiled with its own flags. Dispatch code picks the best one not above active_isa(). This file and everything that
-// is not such a kernel is compiled for the baseline processor, so that the library loads anywhere.
+// Kernels come in one file per instruction set (csrc/cpu/<op>/{portable,avx2,avx512,avx512vnni,avx512bf16,amx}.cpp),
+// each compiled with its own flags. Dispatch code picks the best one not above active_isa(). This file and everything
+// that is not such a kernel is compiled for the baseline processor, so that the library loads anywhere.
 #pragma once
 
 #include <cstddef>
@@ -15,12 +15,14 @@ enum class Isa : int {
   avx2 = 1,        // AVX2, FMA, F16C
   avx512 = 2,      // + AVX-512 F, BW, VL, DQ (Skylake-X)
   avx512vnni = 3,  // + AVX-512 VNNI (Cascade Lake, Ice Lake)
-  avx512bf16 = 4,  // + AVX-512 BF16 (Cooper Lake, Sapphire Rapids, Zen 4)
+  avx512bf16 = 4,  // + AVX-512 BF16 (Cooper Lake, Zen 4)
+  amx = 5,         // + AMX TILE, INT8, BF16 (Sapphire Rapids)
 };
 
-inline constexpr int kIsaCount = 5;
+inline constexpr int kIsaCount = 6;
 
-// The best level that this processor has and whose registers the operating system saves.
+// The best level that this processor has and whose registers the operating system saves. Asks Linux for those of AMX,
+// which it gives a process on request alone.
 Isa detected_isa();
 
 // detected_isa() capped by the environment variable BERTKERN_CPU_ISA (the name of a level), which is read at the first

@@ -8,7 +8,7 @@ from tests import reference
 from tests.ops.test_attention import LENGTHS, random, starts
 
 qattention, requantize = torch.ops.bertkern.qattention, torch.ops.bertkern.attention_requantize
-NARROW = ops.cpu_isa() == "avx512bf16"  # p is rounded to bf16 there
+NARROW = ops.cpu_isa() in ("avx512bf16", "amx")  # p is rounded to bf16 there
 KINDS = ("static", "token", "mixed")
 
 

@@ -5,7 +5,7 @@ import torch
 
 from bertkern import ops
 
-LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 HERE = LEVELS[: LEVELS.index(ops.cpu_isa())]  # the active one is what the other tests run
 
 HASH = """

@@ -12,6 +12,8 @@
 //   X packed: tiles of up to max_mr rows; a tile of mr rows is [KD][mr] dwords. Where 16-bit products do the work
 //             it is [KD][2][mr], bytes 0 and 2 of each dword as 16-bit numbers, then bytes 1 and 3; and once more
 //             [KD][mr] dwords for those that are ordered (below).
+//             Where the processor multiplies matrices (AMX) it is [KD / 16][kMatrixRows][16] dwords, KD rounded up to
+//             16, zeros at the end: rows lie as they are, in pieces.
 //   A tile kernel computes the sums of mr rows and 32 features and, for s8, makes floats of them: TileOutput.
 //
 // Activations are unsigned codes u with a zero point z, weights signed: sum (u - z) w = sum u w - z sum w. The second
@@ -161,6 +163,16 @@ using NarrowTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* pl
 using NarrowGroupTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* planes, const GroupPanel& groups,
                                    const int32_t* shift, const TileOutput& output);
 
+// What a tile kernel computes, for up to kMatrixRows rows of X as they lie for the matrix unit. All calls of a thread
+// stand between begin() and end(), which give it the unit and take it away.
+constexpr int64_t kMatrixRows = 32, kMatrixDwords = 16;
+using MatrixTileFn = void (*)(const uint32_t* a, int64_t mr, const uint32_t* b, int64_t kd, const TileOutput& output);
+struct MatrixKernels {
+  void (*begin)();
+  void (*end)();
+  MatrixTileFn tile;
+};
+
 constexpr int64_t kBlockDwords = 8;
 constexpr int kNarrowBits = 7;      // at most
 constexpr int kNarrowTiles = 3;     // of 1, 2 and 4 rows
@@ -187,5 +199,6 @@ struct TileKernels {
 
 const TileKernels& tile_kernels(WeightKind kind);           // of active_isa()
 const TileKernels* tile_kernels(WeightKind kind, Isa isa);  // null where kernels.inc has no such row
+const MatrixKernels* matrix_kernels(WeightKind kind);       // null where active_isa() has no matrix unit
 
 }  // namespace bertkern::cpu

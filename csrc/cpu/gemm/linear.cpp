@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kLeastRows = 6;  // of a group that is one of several for a reason: fewer leave the dot products idle
 constexpr int64_t kFetchingRows = 70;  // more take so long over a panel that the processor's own fetching suffices
 constexpr int64_t kSplitRows = 6;      // measured: fewer rows wait for memory in any case
+constexpr int64_t kVectorRows = 4;     // measured: so few are no work for a matrix unit
 
 bool sums_of_rows(const Linear& linear) { return linear.layout == Layout::grouped && linear.kind == WeightKind::s8; }
 
@@ -22,6 +23,14 @@ bool own_ranges(const Linear& linear) {
 }
 
 bool scaled_along_k(const Linear& linear) { return sums_of_rows(linear) && linear.along_k; }
+
+// Whether the rows go to a matrix unit: by the layer alone, where its sums depend on it, and elsewhere where it is
+// faster.
+bool for_matrix_unit(const Linear& linear, int64_t rows) {
+  if (scaled_along_k(linear) || !matrix_kernels(linear.kind)) return false;
+  if (linear.layout != Layout::dense && linear.layout != Layout::grouped) return false;
+  return linear.kind != WeightKind::s8 || rows > (linear.layout == Layout::grouped ? kNarrowRows : kVectorRows);
+}
 
 int64_t group_pitch(const Linear& linear) {
   return linear.layout != Layout::tokens && tile_kernels(linear.kind).ordered_mr == kNarrowPitch ? kNarrowPitch
@@ -36,6 +45,11 @@ int64_t group_rows(const Linear& linear) {
 
 // Two groups at least: while one passes over a panel, the other fetches the next (see gemm).
 int64_t group_count(const Linear& linear, int64_t rows, int64_t multiple) {
+  if (for_matrix_unit(linear, rows)) {
+    const int64_t tiles = (rows + 15) / 16, groups = (rows + kMatrixRows - 1) / kMatrixRows;
+    const int64_t rounded = (groups + multiple - 1) / multiple * multiple;
+    return rounded <= tiles ? rounded : groups;
+  }
   int64_t groups = (rows + group_rows(linear) - 1) / group_rows(linear);
   if (linear.layout == Layout::tokens) return groups;  // an idle lane costs as much as a busy one
   if (groups == 1 && rows >= kSplitRows) groups = 2;
@@ -58,38 +72,61 @@ bool same_groups(const Linear& a, const Linear& b) {
   return true;
 }
 
-int64_t operand_dwords(const Linear& linear, int64_t groups) {
-  return groups * (linear.kd * tile_kernels(linear.kind).planes * group_pitch(linear) + kGroupPad) + 64;
+Rows shape_of_rows(const Linear& linear, int64_t rows, int64_t multiple) {
+  Rows shape{};
+  shape.rows = rows, shape.groups = group_count(linear, rows, multiple), shape.kd = linear.kd;
+  shape.planes = tile_kernels(linear.kind).planes, shape.matrix = for_matrix_unit(linear, rows);
+  shape.pitch = shape.matrix ? kMatrixRows : group_pitch(linear);
+  return shape;
 }
+
+int64_t operand_dwords(const Rows& shape) { return shape.groups * shape.group_dwords() + 64; }
 
 }  // namespace
 
 bool same_operand(const Linear& a, const Linear& b) {
   const bool sums = sums_of_rows(a);
   if (sums != sums_of_rows(b) || (sums && !same_groups(a, b))) return false;
+  if (for_matrix_unit(a, kMatrixRows) != for_matrix_unit(b, kMatrixRows)) return false;
   return a.kind == b.kind && a.k == b.k && a.input_scale == b.input_scale && a.input_zero == b.input_zero &&
          (a.layout == Layout::tokens) == (b.layout == Layout::tokens);
 }
 
 int64_t rows_dwords(const Linear& linear, int64_t rows, int64_t multiple) {
   const int64_t sums = sums_of_rows(linear) ? linear.groups * rows : 0;
-  return operand_dwords(linear, group_count(linear, rows, multiple)) + (own_ranges(linear) ? rows : 0) + sums + 16;
+  return operand_dwords(shape_of_rows(linear, rows, multiple)) + (own_ranges(linear) ? rows : 0) + sums + 16;
 }
 
 Rows make_rows(const Linear& linear, int64_t rows, uint32_t* data, float* scale, int64_t multiple) {
-  const int64_t groups = group_count(linear, rows, multiple);
-  const int64_t pitch = rows == groups && linear.layout != Layout::tokens ? 1 : group_pitch(linear);
-  uint32_t* const after = data + operand_dwords(linear, groups);
-  int32_t* zeros = own_ranges(linear) ? reinterpret_cast<int32_t*>(after) : nullptr;
-  float* sum = sums_of_rows(linear) ? reinterpret_cast<float*>(after + (zeros ? rows : 0)) : nullptr;
-  return {rows, groups, linear.kd, tile_kernels(linear.kind).planes, pitch, data, scale, sum, linear.input_zero, zeros};
+  Rows made = shape_of_rows(linear, rows, multiple);
+  uint32_t* const after = data + operand_dwords(made);
+  if (rows == made.groups && linear.layout != Layout::tokens && !made.matrix) made.pitch = 1;
+  made.data = data, made.scale = scale, made.zero = linear.input_zero;
+  made.zeros = own_ranges(linear) ? reinterpret_cast<int32_t*>(after) : nullptr;
+  made.sum = sums_of_rows(linear) ? reinterpret_cast<float*>(after + (made.zeros ? rows : 0)) : nullptr;
+  return made;
 }
 
 namespace {
 
+// Rows in pieces of kMatrixDwords, [KD / 16][kMatrixRows][16].
+template <class Convert>
+void pack_matrix_rows(const Rows& rows, int64_t group, Convert&& convert) {
+  const int64_t r0 = rows.begin(group), r1 = rows.begin(group + 1);
+  const int64_t padded = (rows.kd + kMatrixDwords - 1) / kMatrixDwords * kMatrixDwords;
+  uint32_t* const row = staging.get<uint32_t>(padded + 16);
+  uint32_t* out = rows.group_data(group);
+  for (int64_t r = r0; r < r1; ++r, out += kMatrixDwords) {
+    convert(r, row);
+    std::memset(row + rows.kd, 0, static_cast<size_t>(padded - rows.kd) * 4);
+    for (int64_t d = 0; d < padded; d += kMatrixDwords) std::memcpy(out + d * kMatrixRows, row + d, kMatrixDwords * 4);
+  }
+}
+
 // Calls convert(row, dwords) for each row of the group, then interleaves the rows.
 template <class Convert>
 void pack_rows(const Rows& rows, int64_t group, Convert&& convert) {
+  if (rows.matrix) return pack_matrix_rows(rows, group, convert);
   const int64_t r0 = rows.begin(group), mr = rows.begin(group + 1) - r0, kd = rows.kd;
   uint32_t* out = rows.group_data(group);
   const int64_t pitch = (kd * rows.planes + 15) / 16 * 16;
@@ -202,7 +239,7 @@ class Sink {
  private:
   // The same for outputs that stand in another order than the columns of Y.
   void scatter(const float* buffer, int64_t r, int64_t mr, const uint32_t* to, int64_t columns, Epilogue e) const {
-    alignas(64) float gathered[kMaxRows * kPanel], made[kMaxRows * kPanel];
+    alignas(64) float gathered[kMatrixRows * kPanel], made[kMatrixRows * kPanel];
     e.out = made, e.out_pitch = kPanel;
     if (output_.residual) {
       for (int64_t i = 0; i < mr; ++i)
@@ -303,6 +340,25 @@ int64_t even_part(int64_t rows, int64_t most) {
   return (rows + parts - 1) / parts;
 }
 
+// The thread has the unit as long as this lives.
+class MatrixUnit {
+ public:
+  explicit MatrixUnit(const MatrixKernels* kernels) : kernels_(kernels) {
+    if (kernels_) kernels_->begin();
+  }
+  ~MatrixUnit() {
+    if (kernels_) kernels_->end();
+  }
+  MatrixUnit(const MatrixUnit&) = delete;
+  MatrixUnit& operator=(const MatrixUnit&) = delete;
+  void tile(const uint32_t* a, int64_t mr, const uint32_t* b, int64_t kd, const TileOutput& output) const {
+    kernels_->tile(a, mr, b, kd, output);
+  }
+
+ private:
+  const MatrixKernels* const kernels_;
+};
+
 thread_local Scratch restored;
 
 const uint32_t* restored_panel(const Linear& linear, int64_t panel) {
@@ -319,10 +375,14 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
   const bool ordered =
       tiles.ordered > 0 && !along_k && (grouped ? linear.kd <= kMostOrdered : linear.ordered == tiles.ordered);
   const bool foreign = linear.ordered && !ordered;  // packed under another ISA
-  const int64_t max_mr = along_k ? tiles.group_mr : ordered ? tiles.ordered_mr : tiles.max_mr;
+  const int64_t max_mr = rows.matrix ? kMatrixRows
+                         : along_k   ? tiles.group_mr
+                         : ordered   ? tiles.ordered_mr
+                                     : tiles.max_mr;
   const Sink sink(linear, output);
   Narrow narrow(linear, rows);
-  alignas(64) float buffer[kMaxRows * kPanel];
+  alignas(64) float buffer[kMatrixRows * kPanel];
+  const MatrixUnit unit(rows.matrix ? matrix_kernels(linear.kind) : nullptr);
   const Cut* cuts = nullptr;
   int64_t count = 0;
   bool cut_narrow = false;
@@ -358,7 +418,7 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
-    const bool few = g1 - g0 > 1 && rows.begin(g1) - rows.begin(g0) <= kFetchingRows;
+    const bool few = (g1 - g0 > 1 || rows.matrix) && rows.begin(g1) - rows.begin(g0) <= kFetchingRows;
     const int64_t share = few && steps > 0 ? next.bytes / (g1 - g0) : 0;
     const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
     if (share) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
@@ -371,7 +431,9 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
         sums.row_zero = rows.zeros ? rows.zeros + r : nullptr;
       }
       if (direct) sums.residual = sink.residual(r, column), sums.out = sink.row(r, column);
-      if (straight || along_k) {
+      if (rows.matrix) {
+        unit.tile(cut->a, cut->mr, panel, linear.kd, sums);
+      } else if (straight || along_k) {
         scaled.row_sum = sums.row_sum;
         straight ? narrow.run(cut->mr, tiles, cut->a, panel, r, scaled, sums)
                  : tiles.group_tile[cut->mr](cut->a, rows.pitch, panel, scaled, sums);

@@ -174,12 +174,15 @@ void unpack_linear(const Linear& linear, void* weight, float* scale, float* bias
 // The left operand: rows in groups of at most `group_rows` rows; a group lies as [KD][planes][pitch] dwords (gemm.h; 8
 // where that is all that a tile takes, so that its lines stay in the L1) and is cut into tiles. Groups of one row lie
 // as [KD][planes], unless lanes are rows.
+//
+// For a matrix unit a group of up to kMatrixRows rows lies as gemm.h says and is one tile.
 constexpr int64_t kGroupPitch = 16, kNarrowPitch = 8;
 static_assert(kGroupPitch == kTokens, "one packed form for both");
 constexpr int64_t kGroupPad = 16;  // dwords after a group: groups that are read together lie in different cache sets
 
 struct Rows {
   int64_t rows, groups, kd, planes, pitch;
+  bool matrix;  // for a matrix unit; `pitch` is kMatrixRows
   uint32_t* data;
   float* scale;    // per row (s8)
   float* sum;      // [groups along K][rows]: of codes less their zero point (s8, Layout::grouped)
@@ -188,9 +191,14 @@ struct Rows {
   int32_t zero_of(int64_t row) const { return zeros ? zeros[row] : zero; }
   // Ready codes have one zero point.
   int64_t begin(int64_t group) const {
-    return group * (rows / groups) + (group < rows % groups ? group : rows % groups);
+    const auto even = [&](int64_t count) {
+      return group * (count / groups) + (group < count % groups ? group : count % groups);
+    };
+    if (!matrix) return even(rows);
+    const int64_t whole = even((rows + 15) / 16) * 16;  // the unit takes 16 rows at a time
+    return whole < rows ? whole : rows;
   }
-  int64_t group_dwords() const { return kd * planes * pitch + kGroupPad; }
+  int64_t group_dwords() const { return (matrix ? (kd + 15) / 16 * 16 : kd * planes) * pitch + kGroupPad; }
   uint32_t* group_data(int64_t group) const { return data + group * group_dwords(); }
 };
 

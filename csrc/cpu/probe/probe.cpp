@@ -25,6 +25,7 @@ void for_each_level([[maybe_unused]] Isa isa, const Visit& visit) {
   if (isa >= Isa::avx512) visit(avx512::probes());
   if (isa >= Isa::avx512vnni) visit(avx512vnni::probes());
   if (isa >= Isa::avx512bf16) visit(avx512bf16::probes());
+  if (isa >= Isa::amx) visit(amx::probes());
 #endif
 }
 

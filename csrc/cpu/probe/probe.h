@@ -40,6 +40,9 @@ Probes probes();
 namespace avx512bf16 {
 Probes probes();
 }
+namespace amx {
+Probes probes();
+}
 #endif
 
 // 10^9 multiply-accumulates a second of `threads` threads together, each in its own registers, with the best
