@@ -197,7 +197,7 @@ BAD = {
     "end with T": lambda q, cu: (q, q, q, cu[:-1]),
     "to rise": lambda q, cu: (q, q, q, torch.tensor([0, 6, 4, 10])),
     "one row of int32": lambda q, cu: (q, q, q, cu.float()),
-    "begin with 0 and to end": lambda q, cu: (q, q, q, cu[:0]),
+    "begin with 0 and to end with T = 10. Got an empty one": lambda q, cu: (q, q, q, cu[:0]),
     "key_counts of shape": lambda q, cu: (q, q, q, cu, cu),
     "key_counts from 0": lambda q, cu: (q, q, q, cu, torch.tensor([5, 6])),
     "expected key_counts from": lambda q, cu: (q, q, q, cu, torch.tensor([-1, 6])),

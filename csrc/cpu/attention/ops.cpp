@@ -85,9 +85,11 @@ struct Attention {
 
     const Tensor ends = expect_integers(op, "cu_seqlens", cu_seqlens);
     const int64_t count = ends.numel() - 1;
-    require(count >= 0 && integer(ends, 0) == 0 && integer(ends, count) == tokens, op,
-            ": expected cu_seqlens to begin with 0 and to end with T = ", tokens, ". Got ",
-            count < 0 ? 0 : integer(ends, 0), " and ", count < 0 ? 0 : integer(ends, count), ".");
+    require(count >= 0, op, ": expected cu_seqlens of shape [B + 1], to begin with 0 and to end with T = ", tokens,
+            ". Got an empty one.");
+    require(integer(ends, 0) == 0 && integer(ends, count) == tokens, op,
+            ": expected cu_seqlens to begin with 0 and to end with T = ", tokens, ". Got ", integer(ends, 0), " and ",
+            integer(ends, count), ".");
     int64_t longest = 0;
     for (int64_t b = 0; b < count; ++b) {
       const int64_t length = integer(ends, b + 1) - integer(ends, b);
