@@ -16,6 +16,7 @@ from .. import _ops  # noqa: F401  (loads the operators)
 from .._ops import ACTIVATIONS
 from ..formats import BsrWeight, CsrWeight, GroupwiseWeight
 from ..formats.groupwise import AXES
+from .arguments import explained
 from .varlen import attention_varlen
 
 _op = torch.ops.bertkern
@@ -24,11 +25,11 @@ _op = torch.ops.bertkern
 FORMS = {"auto": 0, "panels": 1, "tokens": 2}
 
 
-def _activation(name: str | int) -> int:
+def _activation(op: str, name: str | int) -> int:
     if isinstance(name, int):
         return name  # the operator checks it
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}. Got {name!r}.")
+        raise ValueError(f"{op}: expected activation to be one of {', '.join(ACTIVATIONS)}. Got {name!r}.")
     return ACTIVATIONS[name]
 
 
@@ -39,11 +40,13 @@ def cpu_isa() -> str:
     return ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")[_op.cpu_isa()]
 
 
+@explained
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Packs weight [N, K] (fp32, bf16; fp16 becomes fp32) and bias [N] into a uint8 tensor."""
     return _op.pack_linear(weight, bias)
 
 
+@explained
 def pack_qlinear(
     weight_codes: Tensor,
     weight_scale: Tensor,
@@ -68,6 +71,7 @@ def pack_qlinear(
     return _op.pack_qlinear(weight_codes, weight_scale, bias, input_scale, input_zero_point, output_scale)
 
 
+@explained
 def pack_sparse_linear(
     weight: BsrWeight | CsrWeight,
     weight_scale: Tensor | None = None,
@@ -130,6 +134,7 @@ def pack_sparse_linear(
     )
 
 
+@explained
 def pack_groupwise(
     weight: GroupwiseWeight,
     bias: Tensor | None = None,
@@ -174,11 +179,13 @@ def pack_groupwise(
     )
 
 
+@explained
 def unpack_groupwise(packed: Tensor, bits: Tensor) -> Tensor:
     """The codes of `GroupwiseWeight` again, of what `pack_groupwise` made; bits as they were, uint8 [G]."""
     return _op.unpack_groupwise(packed, bits)
 
 
+@explained
 def unpack_linear(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The canonical tensors of `packed`: weight or codes [N, K], weight_scale [N], bias [N].
 
@@ -187,6 +194,7 @@ def unpack_linear(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _op.unpack_linear(packed)
 
 
+@explained
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -200,14 +208,16 @@ def linear(
     A row's result depends on no other row and not on the number of threads. A NaN or Inf in a row of x makes that row
     of an int8 layer's output NaN.
     """
-    return _op.linear(x, packed, out_features, _activation(activation), residual, out_dtype)
+    return _op.linear(x, packed, out_features, _activation("linear", activation), residual, out_dtype)
 
 
+@explained
 def quantize_rows(x: Tensor, scale: float = 0.0, zero_point: int = 0, unsigned: bool = False) -> tuple[Tensor, Tensor]:
     """Codes of x [..., K] and their scale fp32 [...]: per row (max|x| / 127) with scale = 0, else static."""
     return _op.quantize_rows(x, scale, zero_point, unsigned)
 
 
+@explained
 def qgemm(
     codes: Tensor,
     scale: Tensor,
@@ -219,9 +229,12 @@ def qgemm(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """linear() for ready codes [M, K], int8 (zero_point 0) or uint8, and their scale fp32 [M] or [1]."""
-    return _op.qgemm(codes, scale, zero_point, packed, out_features, _activation(activation), residual, out_dtype)
+    return _op.qgemm(
+        codes, scale, zero_point, packed, out_features, _activation("qgemm", activation), residual, out_dtype
+    )
 
 
+@explained
 def qgemm_requantize(
     codes: Tensor,
     scale: Tensor,
@@ -239,10 +252,18 @@ def qgemm_requantize(
     `out_zero_point` where that is not 0. A row that is not finite has a NaN for its scale.
     """
     return _op.qgemm_requantize(
-        codes, scale, zero_point, packed, out_features, _activation(activation), out_scale, out_zero_point
+        codes,
+        scale,
+        zero_point,
+        packed,
+        out_features,
+        _activation("qgemm_requantize", activation),
+        out_scale,
+        out_zero_point,
     )
 
 
+@explained
 def qgemm_seconds(
     codes: Tensor,
     scale: Tensor,
@@ -259,15 +280,17 @@ def qgemm_seconds(
     call through Python, dispatch and allocation do not.
     """
     return _op.qgemm_seconds(
-        codes, scale, list(packed), out_features, _activation(activation), requantize, out_dtype, calls
+        codes, scale, list(packed), out_features, _activation("qgemm_seconds", activation), requantize, out_dtype, calls
     ).tolist()
 
 
+@explained
 def add_layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:
     """LayerNorm(x + residual) over the last dimension."""
     return _op.add_layernorm(x, residual, weight, bias, eps)
 
 
+@explained
 def embed(
     ids: list[Tensor],
     tables: list[Tensor],
@@ -281,6 +304,7 @@ def embed(
     return _op.embed(ids, tables, scales, weight, bias, eps, out_dtype)
 
 
+@explained
 def attention(
     q: Tensor,
     k: Tensor,
@@ -324,6 +348,7 @@ def attention(
     return _op.attention(q, k, v, cu_seqlens, key_counts, bias, head_mask, scale or 0.0, causal)
 
 
+@explained
 def qattention(
     q: Tensor,
     k: Tensor,
@@ -368,6 +393,7 @@ def qattention(
     )
 
 
+@explained
 def attention_requantize(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import attention_triton, providers
+from .arguments import explained
 from .block_sparse import _expect
 
 OP = "attention_packed_cuda"
@@ -83,6 +84,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, counts: Tensor | None
     return q.new_empty(q.shape)
 
 
+@explained
 def attention_packed_cuda(
     q: Tensor,
     k: Tensor,

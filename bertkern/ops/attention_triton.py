@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda, _triton
+from .arguments import explained
 from .block_sparse import FLOATS, _expect, _tensor_cores
 
 OP = "attention_cuda"
@@ -409,6 +410,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
 _attention.register_autograd(_backward, setup_context=_save)
 
 
+@explained
 def attention_cuda(
     q: Tensor,
     k: Tensor,

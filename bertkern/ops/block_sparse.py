@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import _triton
 from ..formats.bsr import BsrWeight
 from . import linear_providers as providers
+from .arguments import explained
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -346,6 +347,7 @@ _input_gradient.register_autograd(_input_gradient_backward, setup_context=_save_
 _values_gradient.register_autograd(_values_gradient_backward, setup_context=_save_input_gradient)
 
 
+@explained
 def block_sparse_linear(
     x: Tensor,
     values: Tensor,

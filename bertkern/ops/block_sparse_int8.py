@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import linear_providers as providers
+from .arguments import explained
 from .block_sparse import _cut, _expect, _kernels, _misfit, _Pattern, _tensor_cores, _weight_index, index_size
 from .groupwise_triton import _ACTIVATIONS
 
@@ -144,6 +145,7 @@ def _(*arguments):
     return call.codes.new_empty(*call.codes.shape[:-1], call.n, dtype=call.out_dtype)
 
 
+@explained
 def block_sparse_linear_int8(
     codes: Tensor,
     scale: Tensor,

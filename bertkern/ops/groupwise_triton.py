@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import _gradients, _triton
 from . import linear_providers as providers
+from .arguments import explained
 from .block_sparse import FLOATS, _expect, _tensor_cores
 from .groupwise_planes import GroupwisePlanes, part_bytes, plane_codes, strip_count
 from .rowwise_triton import _quantize
@@ -278,6 +279,7 @@ def _(*arguments):
 _gradients._differentiable(OP, _unrounded)
 
 
+@explained
 def groupwise_linear_cuda(
     x: Tensor,
     weight: GroupwisePlanes,

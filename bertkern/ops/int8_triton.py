@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _cuda, _gradients, _triton
+from .arguments import explained
 from .block_sparse import FLOATS, _expect, _tensor_cores
 
 LINEAR, REQUANTIZE = "int8_linear_cuda", "int8_requantize_cuda"
@@ -57,6 +58,7 @@ class _Call(NamedTuple):
 # --- packing -------------------------------------------------------------------------------------------------------
 
 
+@explained
 def pack_int8_weight(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [N, K], int8 or float8 e4m3, as the operators read them fastest, and the sums of their rows, int32 [N].
 
@@ -352,6 +354,7 @@ _gradients._differentiable(LINEAR, _unrounded)
 _gradients._rounds(REQUANTIZE)
 
 
+@explained
 def int8_linear_cuda(
     codes: Tensor,
     scale: Tensor,
@@ -406,6 +409,7 @@ def int8_linear_cuda(
     )  # fmt: skip
 
 
+@explained
 def int8_requantize_cuda(
     codes: Tensor,
     scale: Tensor,

@@ -30,6 +30,7 @@ from torch import Tensor
 from .. import _triton
 from ..formats.groupwise import read_rows
 from . import providers
+from .arguments import explained
 from .block_sparse import FLOATS, _expect, _tensor_cores
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -395,6 +396,7 @@ def _(mask, masked, empty_attends):
 # --- the functions -------------------------------------------------------------------------------------------------
 
 
+@explained
 def quantize_rows_cuda(x: Tensor, step: float = 0.0, zero_point: int = 0, live: Tensor | None = None) -> Codes:
     """x rounded to int8, as `bertkern.ops.linear` rounds it.
 
@@ -414,6 +416,7 @@ def quantize_rows_cuda(x: Tensor, step: float = 0.0, zero_point: int = 0, live: 
     return Codes(codes, scale, None if symmetric(step, zero_point) else zero)
 
 
+@explained
 def add_layernorm_cuda(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, live: Tensor | None = None
 ) -> Tensor:
@@ -427,6 +430,7 @@ def add_layernorm_cuda(
     return torch.ops.bertkern.add_layernorm_cuda.default(x, residual, weight, bias, live, eps)
 
 
+@explained
 def add_layernorm_quantize_cuda(
     x: Tensor,
     residual: Tensor | None,
@@ -444,6 +448,7 @@ def add_layernorm_quantize_cuda(
     return y, Codes(codes, scale, None if symmetric(step, zero_point) else zero)
 
 
+@explained
 def embed_cuda(
     ids: Sequence[Tensor],
     tables: Sequence[Tensor],
@@ -469,11 +474,13 @@ def embed_cuda(
     return torch.ops.bertkern.embed_cuda.default(ids, tables, scales, weight, bias, eps, out_dtype)
 
 
+@explained
 def gather_rows_cuda(x: Tensor, index: Tensor) -> Tensor:
     """x [rows, H] by index int32 [n], [n, H]: zeros for negative numbers; those past the last row are not caught."""
     return torch.ops.bertkern.gather_rows_cuda.default(x, index)
 
 
+@explained
 def arrange_cuda(mask: Tensor, masked: int, empty_attends: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where each position of a padded batch stands once the padding is left out, all int32.
 

@@ -8,39 +8,40 @@ import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (loads the operators)
+from .arguments import explained
 from .attention_triton import attention_cuda
 from .block_sparse import FLOATS, _expect
 
 OP = "attention_varlen"
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor | None], lengths: dict[str, int]) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: dict[str, Tensor],
+    tables: dict[str, Tensor | None],
+    lengths: dict[str, int],
+) -> None:
     """Shapes, dtypes and devices; never the data of a tensor."""
-    for name, x in {"q": q, "k": k, "v": v, **tables}.items():
-        optional = x is None and name not in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
-        _expect(OP, name, "to be a tensor", type(x).__name__, optional or isinstance(x, Tensor))
     _expect(OP, "q", "of shape [total_q, heads, head_dim]", list(q.shape), q.dim() == 3 and q.shape[2] > 0)
     _expect(OP, "q", f"of dtype {', '.join(map(str, FLOATS))}", q.dtype, q.dtype in FLOATS)
     for name, x in {"k": k, "v": v}.items():
         expected = f"of q's shape {list(q.shape)}, as there is no attention to other sequences or by grouped queries"
         _expect(OP, name, expected, list(x.shape), x.shape == q.shape)
         _expect(OP, name, f"of q's dtype {q.dtype}", x.dtype, x.dtype == q.dtype)
-    for name, x in {"k": k, "v": v, **tables}.items():
-        if x is not None:
-            _expect(OP, name, f"on q's device {q.device}", x.device, x.device == q.device)
-    ends = tables["cu_seqlens_q"]
-    assert ends is not None
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        x = tables[name]
-        assert x is not None
+    for name, x in {"k": k, "v": v, **ends, **{name: x for name, x in tables.items() if x is not None}}.items():
+        _expect(OP, name, f"on q's device {q.device}", x.device, x.device == q.device)
+    sequences = ends["cu_seqlens_q"].numel() - 1
+    for name, x in ends.items():
         said = f"{x.dtype} of shape {list(x.shape)}"
         _expect(
             OP, name, "int32 of shape [sequences + 1]", said, x.dtype == torch.int32 and x.dim() == 1 and len(x) > 0
         )
-        _expect(OP, name, f"of as many sequences as cu_seqlens_q, {len(ends) - 1}", len(x) - 1, len(x) == len(ends))
+        _expect(OP, name, f"of as many sequences as cu_seqlens_q, {sequences}", len(x) - 1, len(x) - 1 == sequences)
     for name, length in lengths.items():
         _expect(OP, name, "0 or more", length, length >= 0)
-    heads, sequences, (longest, also) = q.shape[1], len(ends) - 1, lengths.values()
+    heads, (longest, also) = q.shape[1], lengths.values()
     _expect(OP, "max_seqlen_k", f"as max_seqlen_q, {longest}", also, also == longest)
     counts, mask, bias = tables["seqused_k"], tables["head_mask"], tables["bias"]
     if counts is not None:
@@ -77,6 +78,7 @@ def _check_values(q: Tensor, ends: Tensor, others: Tensor, counts: Tensor | None
         _expect(OP, "seqused_k", f"from 0 to the sequences' lengths {lengths}", used, fits)
 
 
+@explained
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -139,14 +141,9 @@ def attention_varlen(
     _expect(OP, "softcap", "0, no cap", softcap, softcap == 0)
     fits = softmax_scale is None or 0 < softmax_scale < float("inf")
     _expect(OP, "softmax_scale", "above 0, or None for 1 / sqrt(head_dim)", softmax_scale, fits)
-    tables = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "seqused_k": seqused_k,
-        "head_mask": head_mask,
-        "bias": bias,
-    }
-    _check(q, k, v, tables, {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
+    ends = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    tables = {"seqused_k": seqused_k, "head_mask": head_mask, "bias": bias}
+    _check(q, k, v, ends, tables, {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(q, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q)
     if q.device.type != "cpu" or q.dtype == torch.float64:

@@ -133,7 +133,7 @@ WRONG = {
     "q as a list": ({"q": [1.0]}, "q to be a tensor. Got list"),
     "no k": ({"k": None}, "k to be a tensor. Got NoneType"),
     "cu_seqlens as a list": ({"cu_seqlens_q": [0, 15]}, "cu_seqlens_q to be a tensor. Got list"),
-    "a mask as a list": ({"head_mask": [1, 1, 0]}, "head_mask to be a tensor. Got list"),
+    "a mask as a list": ({"head_mask": [1, 1, 0]}, "head_mask to be a tensor or None. Got list"),
     "q of two dimensions": ({"q": X[0]}, "q of shape [total_q, heads, head_dim]. Got [3, 8]"),
     "q of integers": ({"q": X.int()}, "Got torch.int32"),
     "fewer keys than queries": (
