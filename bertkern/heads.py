@@ -109,7 +109,7 @@ def pruned_widths(caller: str, root: nn.Module, pruned: Mapping[int, Iterable[in
     return {names[layer]: {"heads": [h for h in heads if h not in set(gone)]} for layer, gone in pruned.items() if gone}
 
 
-def narrow_to(root: nn.Module, widths: Mapping[str, Any]) -> None:
+def narrow_to(caller: str, root: nn.Module, widths: Mapping[str, Any]) -> None:
     """Cuts a transformers model, which may be on meta, to widths by the names that layers have in the base model.
 
     Raises:
@@ -120,7 +120,7 @@ def narrow_to(root: nn.Module, widths: Mapping[str, Any]) -> None:
         start = "" if own else f"{root.base_model_prefix}."
         # transformers builds models under the meta device; what stays is counted on a real one.
         with torch.device("cpu"):
-            shrink.narrow(root, {start + str(name): width for name, width in widths.items()})
+            shrink.narrow(root, {start + str(name): width for name, width in widths.items()}, caller)
 
 
 def remove_norms(root: nn.Module) -> None:

@@ -144,7 +144,7 @@ def shrink(model: nn.Module) -> Shrunk:
     return record
 
 
-def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
+def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]], caller: str = "narrow") -> Shrunk:
     """Cuts layers to given heads and numbers of units, whatever their values; also on the meta device.
 
     For models that a ragged checkpoint is about to be loaded into.
@@ -152,6 +152,7 @@ def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
     Args:
         widths: as of `Shrunk.widths`: by name of the layer, "heads" to keep and the number of "units", where left out
             all of them; "bias": whether the second feed-forward matrix gets a bias that it does not have.
+        caller: what errors name.
 
     Raises:
         ValueError: names, heads or numbers that the model does not have, or layers that cannot be cut; the model is
@@ -166,19 +167,19 @@ def narrow(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> Shrunk:
     empty: list[str] = []
     for name, width in widths.items():
         if name not in layers:
-            raise ValueError(f"narrow: expected layers of a known family. Got {name!r}.")
+            raise ValueError(f"{caller}: expected layers of a known family. Got {name!r}.")
         layer, family = layers[name]
         try:
             heads, _, units = sizes_of(family.parts(layer))
         except (Unfit, AttributeError) as reason:
-            raise ValueError(f"narrow: expected {name} to be a layer that can be cut. Got {reason}.") from None
-        heads_left = _heads_of(name, width, heads)
-        wanted[name] = Kept(heads_left or (0,), tuple(range(_units_of(name, width, units))))
+            raise ValueError(f"{caller}: expected {name} to be a layer that can be cut. Got {reason}.") from None
+        heads_left = _heads_of(caller, name, width, heads)
+        wanted[name] = Kept(heads_left or (0,), tuple(range(_units_of(caller, name, width, units))))
         if not heads_left:
             empty.append(name)
     obstacles = _obstacles(model, wanted)
     for name, reason in obstacles.items():
-        raise ValueError(f"narrow: expected {name} to be a layer that can be cut. Got one that cannot: {reason}.")
+        raise ValueError(f"{caller}: expected {name} to be a layer that can be cut. Got one that cannot: {reason}.")
     record = _narrow(model, wanted)
     for name, width in widths.items():
         layer, family = layers[name]
@@ -538,16 +539,16 @@ def _settle(linear: nn.Linear) -> None:
             hook(linear, None)
 
 
-def _heads_of(name: str, width: Mapping[str, Any], count: int) -> tuple[int, ...]:
+def _heads_of(caller: str, name: str, width: Mapping[str, Any], count: int) -> tuple[int, ...]:
     heads = width.get("heads", range(count))
     right = isinstance(heads, (list, tuple, range)) and all(type(head) is int for head in heads)
     if not right or list(heads) != sorted(set(heads)) or not set(heads) <= set(range(count)):
-        raise ValueError(f"narrow: expected heads of {name} to be ascending, from 0 to {count - 1}. Got {heads!r}.")
+        raise ValueError(f"{caller}: expected heads of {name} to be ascending, from 0 to {count - 1}. Got {heads!r}.")
     return tuple(heads)
 
 
-def _units_of(name: str, width: Mapping[str, Any], count: int) -> int:
+def _units_of(caller: str, name: str, width: Mapping[str, Any], count: int) -> int:
     units = width.get("units", count)
     if type(units) is not int or not 1 <= units <= count:
-        raise ValueError(f"narrow: expected units of {name} to be from 1 to {count}. Got {units!r}.")
+        raise ValueError(f"{caller}: expected units of {name} to be from 1 to {count}. Got {units!r}.")
     return units

@@ -74,7 +74,7 @@ def shaped(
     pruned = heads_gone("load_checkpoint", model, values.get("pruned_heads"))
     empty: dict[str, list[int]] = {}
     if pruned:
-        heads.narrow_to(model, heads.pruned_widths("load_checkpoint", model, pruned))
+        heads.narrow_to("load_checkpoint", model, heads.pruned_widths("load_checkpoint", model, pruned))
         paths = {id(module): name for name, module in model.named_modules()}
         for linear, shapes in heads.headless(model):
             # A file of a layer without heads holds matrices without rows or columns.

@@ -38,7 +38,7 @@ def shape_as(model: nn.Module, record: BertkernConfig) -> bool:
                     f"from_pretrained: expected pruned_heads and quantization_config to agree on the heads of {name}. "
                     f"Got {told[0]} and {told[1]}."
                 )
-    heads.narrow_to(model, widths or older)
+    heads.narrow_to("from_pretrained", model, widths or older)
     if pruned_heads.without_norms(model.config):
         heads.remove_norms(model)
     return bool(widths or older)
