@@ -54,11 +54,18 @@ def kept_of(attention: nn.Module, heads: int) -> tuple[int, ...]:
 
     Args:
         heads: how many it has.
+
+    Raises:
+        ValueError: a record of another number of heads.
     """
     # In a layer without heads one of zeros stands in.
     if getattr(attention, "headless", False):
         return ()
     kept = getattr(attention, "kept_heads", None)
+    if kept and len(kept) != heads:
+        raise ValueError(
+            f"kept_heads: expected the numbers of the {heads} heads that the projections have. Got {list(kept)}."
+        )
     return tuple(range(heads)) if kept is None else tuple(kept)
 
 

@@ -496,6 +496,17 @@ def test_models_without_heads_to_mask():
         bk.kept_heads(astray)
 
 
+@pytest.mark.parametrize("numbers", [(0, 1, 2, 3), (0, 1)])
+def test_a_record_of_another_number_of_heads(numbers):
+    model = bk.prune_heads(make("BertModel"), {0: [3]})
+    model.encoder.layer[0].attention.self.kept_heads = numbers
+    message = r"^kept_heads: expected the numbers of the 3 heads that the projections have. Got \["
+    with pytest.raises(ValueError, match=message):
+        bk.kept_heads(model)
+    with pytest.raises(ValueError, match=message), bk.head_mask(model, torch.ones(HEADS)):
+        pass
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu(family):
