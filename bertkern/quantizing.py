@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -134,6 +135,12 @@ def _ranges(
     """The ranges that `calibration` is or leads to, by name."""
     from .compress import Calibration, calibrate
 
+    known = [name for name, option in signature(calibrate).parameters.items() if option.kind is option.KEYWORD_ONLY]
+    for name in sorted(set(options).difference(known)):
+        raise TypeError(
+            f"quantize_: expected options {', '.join(known)}, or fields of {type(config).__name__} inside it. "
+            f"Got {name}."
+        )
     if calibration is not None and not isinstance(calibration, Calibration):
         return calibrate(model, calibration, config, **options).ranges
     if options:
