@@ -46,5 +46,5 @@ bench groupwise
 "$python" -m bertkern bench hessian --threads 2 --out "$out"
 bench memory
 "$python" -m bertkern demo --threads 2 --out "$out"
-"$python" -m bertkern bench qbert --threads 2 --out "$out"
+"$python" -m bertkern bench qbert --threads 2 --kept-rows "$out/qbert-rows.jsonl" --out "$out"
 "$python" -m benchmarks.readme_table

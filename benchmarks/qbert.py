@@ -3,6 +3,7 @@
     python -m bertkern bench qbert
     python -m bertkern bench qbert --only "STS-B 3n128,STS-B 2k64"
     python -m bertkern bench qbert --finished
+    python -m bertkern bench qbert --kept-rows benchmarks/results/qbert-rows.jsonl
     python -m bertkern bench qbert --quick
 
 all-MiniLM-L6-v2 on the STS Benchmark (Spearman), and fine-tuned on Rotten Tomatoes (accuracy). 4n128 means 4 bits in
@@ -11,7 +12,8 @@ Hessian, by the reversed order or at random. Activations have 8 bits, tables too
 training: ranges from the smallest to the largest weight (minmax), of the least squared error (mse), and compensated by
 512 sentences of the training set. In training (qat): once more through the training set, from the trained model, beside
 the float model trained as long (trained). Three seeds of training, and of random orders. Rows are kept as they are
-made, in the user's cache: a run that was stopped goes on, and several may run at once with rows of their own (--only).
+made, in the user's cache or in the file of --kept-rows: a run that was stopped goes on, there or on another machine
+that has the file, and several may run at once with rows of their own (--only).
 At last the speed of sentences in batches of 32. --finished makes no more rows: those that are there, and the speed.
 """
 
@@ -53,6 +55,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "only": ("only", lambda text: text.split(",")),
     "quick": ("quick", bool),
     "finished": ("finished", bool),
+    "kept_rows": ("kept_rows", Path),
 }
 
 
@@ -115,6 +118,7 @@ def run(
     only: Sequence[str] | None = None,
     quick: bool = False,
     finished: bool = False,
+    kept_rows: Path | None = None,
     threads: int = 2,
     rounds: int = ROUNDS,
     seconds: float = 0.2,
@@ -128,6 +132,7 @@ def run(
         only: of the rows `TASK FORM METHOD` those that hold one of these texts; then nothing is timed.
         quick: few rows, little data, one seed: shows that all of it runs.
         finished: of the rows only those that earlier runs have made.
+        kept_rows: file of JSON lines in which rows are kept; default: in the user's cache.
 
     Returns: rows with metrics spearman or accuracy, size_mb, and of STS-B sentences_s and ratio.
 
@@ -143,14 +148,16 @@ def run(
     made.facts = {"model": "all-MiniLM-L6-v2", "quick": quick}
     cache = fetch.cache_dir() / "qbert"
     cache.mkdir(parents=True, exist_ok=True)
-    rows, before = Kept(cache / "rows.jsonl"), torch.get_num_threads()
+    place = kept_rows or cache / "rows.jsonl"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    rows, before = Kept(place), torch.get_num_threads()
     left = [case for case in wanted if case not in rows]
     if finished:
         wanted, left = [case for case in wanted if case in rows], []
         if not wanted:
-            raise ValueError(f"finished: expected rows of an earlier run in {cache}. Got none.")
+            raise ValueError(f"finished: expected rows of an earlier run in {place}. Got none.")
     elif len(left) < len(wanted):
-        report(f"{len(wanted) - len(left)} of {len(wanted)} rows are there already, from {cache}.")
+        report(f"{len(wanted) - len(left)} of {len(wanted)} rows are there already, from {place}.")
     torch.set_num_threads(threads)
     try:
         scores = Scores(cache, quick, tick)

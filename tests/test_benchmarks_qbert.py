@@ -91,6 +91,16 @@ def test_a_killed_run_goes_on_and_what_is_finished_is_shown(scored, tmp_path):
     assert len(scored) == 3 and [row.provider for row in shown.rows] == ["minmax"] * 2 + ["mse"] * 2
 
 
+def test_rows_may_be_kept_in_a_file_that_travels(scored, tmp_path):
+    place = tmp_path / "new" / "rows.jsonl"
+    qbert.run(only=["STS-B 4n128 m"], kept_rows=place, threads=1)
+    assert len(place.read_text().splitlines()) == 2
+    shown = qbert.run(only=["STS-B 4n128"], finished=True, kept_rows=place, threads=1)
+    assert len(scored) == 2 and [row.provider for row in shown.rows] == ["minmax"] * 2 + ["mse"] * 2
+    with pytest.raises(ValueError, match=r"finished: expected rows of an earlier run in .*qbert.rows.jsonl"):
+        qbert.run(only=["STS-B 4n128"], finished=True, threads=1)
+
+
 def test_tables_and_plot_and_files(scored, tmp_path):
     from rich.console import Console
 

@@ -77,6 +77,7 @@ OPTIONS = {
     "only": "qbert: rows TASK FORM METHOD that hold one of these, such as 'STS-B 4n128,2k64 qat'; default all",
     "quick": "qbert: few rows and little data, to see that all of it runs",
     "finished": "qbert: only the rows that earlier runs have made, stopped ones too",
+    "kept_rows": "qbert: file in which rows are kept as they are made; default: in the user's cache",
 }
 FLAGS = ("quick", "finished")
 
