@@ -172,10 +172,17 @@ BK_INLINE __m256i first_lanes(int64_t n) {
 BK_INLINE vf vset(float x) { return _mm256_set1_ps(x); }
 BK_INLINE vi vseti(int32_t x) { return _mm256_set1_epi32(x); }
 BK_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
-BK_INLINE vf vload_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+// Whole vectors are told apart: on some processors a masked store is some forty operations.
+BK_INLINE vf vload_n(const float* p, int64_t n) {
+  if (n == 8) return vload(p);
+  return _mm256_maskload_ps(p, first_lanes(n));
+}
 BK_INLINE vi vloadi(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 BK_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
-BK_INLINE void vstore_n(float* p, vf x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+BK_INLINE void vstore_n(float* p, vf x, int64_t n) {
+  if (n == 8) return vstore(p, x);
+  _mm256_maskstore_ps(p, first_lanes(n), x);
+}
 BK_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 BK_INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 BK_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }

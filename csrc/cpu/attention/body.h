@@ -107,18 +107,46 @@ struct Operand_f32 {
 };
 
 // ------------------------------------------------------------------------------------------------- operands
-// V as [keys / kPer][pitch] dwords, zeros beyond head_dim and after the last key.
+// Rows of one head lie a row of all heads apart, where no processor's own fetching finds them: those that come are
+// asked for a few rows before.
+constexpr int64_t kRowsAhead = 8;
+BK_INLINE void fetch_row(const void* rows, Dtype dtype, int64_t pitch, int64_t r, int64_t width) {
+  const char* const row = static_cast<const char*>(row_of(rows, dtype, pitch, r));
+  for (int64_t byte = 0; byte < width * dtype_size(dtype); byte += 64) __builtin_prefetch(row + byte);
+}
+
+template <class Score>
+void pack_keys(const AttentionHead& h, int64_t steps, uint32_t* out) {
+  for (int64_t j = 0; j < h.keys; ++j, out += steps) {
+    if (j + kRowsAhead < h.keys) fetch_row(h.k, h.dtype, h.k_pitch, j + kRowsAhead, h.head_dim);
+    Score::pack_key(row_of(h.k, h.dtype, h.k_pitch, j), h.dtype, h.k_scale ? h.k_scale[j] : 1.0f, h.head_dim, out);
+  }
+}
+
+// V as panels of kFeatures, the last one of `pitch` % kFeatures: [ceil(keys / kPer)][kFeatures] dwords, zeros beyond
+// head_dim and after the last key. A tile of queries reads one panel, from end to end.
+constexpr int64_t kFeatures = 2 * kWidth;
+BK_INLINE int64_t panel_width(int64_t pitch, int64_t d) { return pitch - d < kFeatures ? pitch - d : kFeatures; }
+
 template <class Value>
 void pack_values(const AttentionHead& h, int64_t pitch, uint32_t* out) {
-  for (int64_t j = 0; j < h.keys; j += Value::kPer, out += pitch) {
+  const int64_t steps = (h.keys + Value::kPer - 1) / Value::kPer;
+  for (int64_t step = 0; step < steps; ++step) {
     const void* rows[Value::kPer];
     float scales[Value::kPer];
     for (int64_t i = 0; i < Value::kPer; ++i) {
-      const bool there = j + i < h.keys;
-      rows[i] = there ? row_of(h.v, h.dtype, h.v_pitch, j + i) : nullptr;
-      scales[i] = there && h.v_scale ? h.v_scale[j + i] : 1.0f;
+      const int64_t j = step * Value::kPer + i;
+      const bool there = j < h.keys;
+      rows[i] = there ? row_of(h.v, h.dtype, h.v_pitch, j) : nullptr;
+      scales[i] = there && h.v_scale ? h.v_scale[j] : 1.0f;
+      if (j + kRowsAhead < h.keys) fetch_row(h.v, h.dtype, h.v_pitch, j + kRowsAhead, h.head_dim);
     }
-    Value::pack_together(rows, h.dtype, scales, h.head_dim, out);
+    for (int64_t d = 0; d < h.head_dim; d += kFeatures) {
+      const void* from[Value::kPer];
+      for (int64_t i = 0; i < Value::kPer; ++i) from[i] = rows[i] ? row_of(rows[i], h.dtype, d, 1) : nullptr;
+      Value::pack_together(from, h.dtype, scales, h.head_dim - d < kFeatures ? h.head_dim - d : kFeatures,
+                           out + d * steps + step * panel_width(pitch, d));
+    }
   }
 }
 
@@ -126,8 +154,10 @@ void pack_values(const AttentionHead& h, int64_t pitch, uint32_t* out) {
 template <class Score>
 void pack_queries(const AttentionHead& h, int64_t q0, int64_t count, int64_t lanes, uint32_t* stage,
                   int64_t stage_pitch, uint32_t* out) {
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count; ++i) {
+    if (q0 + i + kRowsAhead < h.queries) fetch_row(h.q, h.dtype, h.q_pitch, q0 + i + kRowsAhead, h.head_dim);
     Score::pack_query(row_of(h.q, h.dtype, h.q_pitch, q0 + i), h.dtype, h.head_dim, stage + i * stage_pitch);
+  }
   for (int64_t i = count; i < lanes; ++i)
     for (int64_t d = 0; d < stage_pitch; d += kWidth)
       vstore(reinterpret_cast<float*>(stage + i * stage_pitch + d), vset(0.0f));
@@ -440,7 +470,8 @@ void attention_head(const AttentionHead& h) {
   const bool codes = h.out_dtype >= Dtype::s8;
   uint32_t* k = h.scratch;
   uint32_t* v = k + aligned(h.keys * steps);
-  float* s = reinterpret_cast<float*>(v + aligned((h.keys + kPer - 1) / kPer * d_pitch));
+  const int64_t value_steps = (h.keys + kPer - 1) / kPer;
+  float* s = reinterpret_cast<float*>(v + aligned(value_steps * d_pitch));
   float* sums = s + (kMostKeys + 2) * kQueries;
   uint32_t* q = reinterpret_cast<uint32_t*>(sums) + kQueries * d_pitch;
   uint32_t* stage = q + kQueries * stage_pitch;
@@ -453,9 +484,7 @@ void attention_head(const AttentionHead& h) {
     return;
   }
 
-  for (int64_t j = 0; j < h.keys; ++j)
-    Score::pack_key(row_of(h.k, h.dtype, h.k_pitch, j), h.dtype, h.k_scale ? h.k_scale[j] : 1.0f, h.head_dim,
-                    k + j * steps);
+  pack_keys<Score>(h, steps, k);
   pack_values<Value>(h, d_pitch, v);
   for (int64_t i = 0; i < kQueries; ++i)
     for (int64_t d = (steps - 1) / kWidth * kWidth; d < stage_pitch; ++d) stage[i * stage_pitch + d] = 0;
@@ -490,22 +519,23 @@ void attention_head(const AttentionHead& h) {
           softmax<Value, 2>(s, keys, v_scale, vset(h.factor), i, run);
         else
           softmax<Value, 1>(s, keys, v_scale, vset(h.factor), i, run);
-      in_pieces(count, kMaxMr, [&](int64_t r, int64_t mr) {
-        ValueOutput o;
-        o.sums_pitch = d_pitch;
-        o.rescale = first ? nullptr : run.rescale + r, o.inverse = last ? run.inverse + r : nullptr;
-        for (int64_t d = 0; d < d_pitch; d += 2 * kWidth) {
-          o.sums = sums + r * d_pitch + d;
+      for (int64_t d = 0; d < d_pitch; d += kFeatures) {
+        const int64_t width = panel_width(d_pitch, d);
+        const uint32_t* const panel = v + d * value_steps + k0 / kPer * width;
+        in_pieces(count, kMaxMr, [&](int64_t r, int64_t mr) {
+          ValueOutput o;
+          o.sums = sums + r * d_pitch + d, o.sums_pitch = d_pitch;
+          o.rescale = first ? nullptr : run.rescale + r, o.inverse = last ? run.inverse + r : nullptr;
           if (codes) {
             o.out = o.sums, o.dtype = Dtype::f32, o.pitch = d_pitch, o.columns = d_pitch - d;
           } else {
             o.out = static_cast<char*>(h.out) + ((q0 + r) * h.out_pitch + d) * dtype_size(h.out_dtype);
             o.dtype = h.out_dtype, o.pitch = h.out_pitch, o.columns = h.head_dim - d;
           }
-          kTiles.value[mr][d + kWidth < d_pitch](reinterpret_cast<const uint32_t*>(s) + r, v + k0 / kPer * d_pitch + d,
-                                                 d_pitch, (keys + kPer - 1) / kPer, o);
-        }
-      });
+          kTiles.value[mr][width > kWidth](reinterpret_cast<const uint32_t*>(s) + r, panel, width,
+                                           (keys + kPer - 1) / kPer, o);
+        });
+      }
     }
     if (codes) store_code_rows(h, q0, count, sums, d_pitch);
   }
