@@ -16,6 +16,10 @@
 //             16, zeros at the end: rows lie as they are, in pieces.
 //   A tile kernel computes the sums of mr rows and 32 features and, for s8, makes floats of them: TileOutput.
 //
+// Where tiles are small (16 registers), every operand is read often, and the L2 of such processors may hold no whole
+// panel: sums of fp32 kinds are carried over blocks of K, whose part of the panel stays there while all rows pass. The
+// sums are the same: what a block leaves off with, the next one goes on from.
+//
 // Activations are unsigned codes u with a zero point z, weights signed: sum (u - z) w = sum u w - z sum w. The second
 // term needs nothing but z of the activations: it is the `init` of the accumulators.
 //
@@ -86,7 +90,9 @@ struct TileOutput {
   void* out;  // fp32 or bf16; 32 columns of every row are written
   int64_t pitch;
   bool bf16;
-  const char* ahead;  // fetched into the L2 cache meanwhile, `ahead_step` <= 64 bytes a step of KD
+  float* carry;          // fp32 kinds: [mr][32] sums of a block of K
+  bool resume, suspend;  // whether sums begin with `carry`, and end there instead of in `out`
+  const char* ahead;     // fetched into the L2 cache meanwhile, `ahead_step` <= 64 bytes a step of KD
   int64_t ahead_step;
 };
 
@@ -181,6 +187,8 @@ constexpr int kGroupRows = 6;       // at most, of a group tile
 
 struct TileKernels {
   int max_mr;
+  int64_t pitch;                           // of X, rows of a group
+  int64_t k_block;                         // dwords of K that sums of fp32 kinds are carried over; 0: K is one block
   int planes;                              // of X, in all
   TileFn tile[kMaxRows + 1];               // by mr; [0] is null
   SparseTileFn sparse_tile[kMaxRows + 1];  // by mr; [0] is null

@@ -33,14 +33,13 @@ bool for_matrix_unit(const Linear& linear, int64_t rows) {
 }
 
 int64_t group_pitch(const Linear& linear) {
-  return linear.layout != Layout::tokens && tile_kernels(linear.kind).ordered_mr == kNarrowPitch ? kNarrowPitch
-                                                                                                 : kGroupPitch;
+  return linear.layout == Layout::tokens ? kGroupPitch : tile_kernels(linear.kind).pitch;
 }
-// Wide tiles take a group each; narrow ones share a group.
+// A tile that takes more than half of a group has it for itself.
 int64_t group_rows(const Linear& linear) {
   const TileKernels& tiles = tile_kernels(linear.kind);
   const int max_mr = scaled_along_k(linear) ? 2 * tiles.group_mr : tiles.max_mr;
-  return max_mr > 8 && linear.layout != Layout::tokens ? max_mr : group_pitch(linear);
+  return 2 * max_mr > group_pitch(linear) && linear.layout != Layout::tokens ? max_mr : group_pitch(linear);
 }
 
 // Two groups at least: while one passes over a panel, the other fetches the next (see gemm).
@@ -359,7 +358,14 @@ class MatrixUnit {
   const MatrixKernels* const kernels_;
 };
 
-thread_local Scratch restored;
+thread_local Scratch restored, carried;
+
+// Pieces of K after each of which sums are put aside. Few tiles do not come back to a panel's part often enough.
+constexpr int64_t kCarryingTiles = 3;
+int64_t blocks_of_k(const TileKernels& tiles, bool dense, int64_t kd, int64_t tile_count) {
+  if (!dense || !tiles.k_block || tile_count < kCarryingTiles) return 1;
+  return std::max<int64_t>(1, (kd + tiles.k_block - 1) / tiles.k_block);
+}
 
 const uint32_t* restored_panel(const Linear& linear, int64_t panel) {
   uint32_t* dwords = restored.get<uint32_t>(linear.kd * kPanel + 16);
@@ -405,7 +411,9 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
         !ordered  ? PanelOrder{}
         : grouped ? order_of_bits(static_cast<int>(linear.grouped_panel[p].bits), linear.kd, tiles.ordered)
                   : panel_order(linear, p);
-    const int64_t steps = dense ? linear.kd : listed.both + listed.half[0] + listed.half[1];
+    const int64_t blocks = blocks_of_k(tiles, dense && !rows.matrix, linear.kd, count);
+    const auto block_begin = [&](int64_t block) { return linear.kd * block / blocks; };
+    const int64_t steps = dense ? block_begin(1) : listed.both + listed.half[0] + listed.half[1];
     TileOutput sums{};
     sums.init = static_cast<const char*>(start) + column * 4;
     if (integer) sums.weight_scale = linear.scale + column, sums.bias = linear.bias + column;
@@ -419,32 +427,38 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
     const bool few = (g1 - g0 > 1 || rows.matrix) && rows.begin(g1) - rows.begin(g0) <= kFetchingRows;
-    const int64_t share = few && steps > 0 ? next.bytes / (g1 - g0) : 0;
+    const int64_t share = few && steps > 0 ? next.bytes / ((g1 - g0) * blocks) : 0;
     const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
     if (share) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
-    for (const Cut *cut = cuts, *end = cuts + count; cut < end; ++cut) {
-      const int64_t r = cut->r;
-      sums.ahead = ahead + (cut->group - g0) * share;
-      if (integer) {
-        sums.row_scale = rows.scale + r;
-        sums.row_sum = rows.sum ? rows.sum + r : nullptr;
-        sums.row_zero = rows.zeros ? rows.zeros + r : nullptr;
+    float* const carry = blocks > 1 ? carried.get<float>((rows.begin(g1) - rows.begin(g0)) * kPanel + 16) : nullptr;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t k0 = block_begin(block), kd = block_begin(block + 1) - k0;
+      sums.resume = block > 0, sums.suspend = block + 1 < blocks;
+      for (const Cut *cut = cuts, *end = cuts + count; cut < end; ++cut) {
+        const int64_t r = cut->r;
+        sums.ahead = ahead + (block * (g1 - g0) + cut->group - g0) * share;
+        if (carry) sums.carry = carry + (r - rows.begin(g0)) * kPanel;
+        if (integer) {
+          sums.row_scale = rows.scale + r;
+          sums.row_sum = rows.sum ? rows.sum + r : nullptr;
+          sums.row_zero = rows.zeros ? rows.zeros + r : nullptr;
+        }
+        if (direct) sums.residual = sink.residual(r, column), sums.out = sink.row(r, column);
+        if (rows.matrix) {
+          unit.tile(cut->a, cut->mr, panel, linear.kd, sums);
+        } else if (straight || along_k) {
+          scaled.row_sum = sums.row_sum;
+          straight ? narrow.run(cut->mr, tiles, cut->a, panel, r, scaled, sums)
+                   : tiles.group_tile[cut->mr](cut->a, rows.pitch, panel, scaled, sums);
+        } else if (ordered) {
+          tiles.ordered_tile[cut->mr](cut->a, rows.pitch, panel, linear.kd, order, sums);
+        } else if (dense) {
+          tiles.tile[cut->mr](cut->a + k0 * rows.pitch * tiles.planes, rows.pitch, panel + k0 * kPanel, kd, sums);
+        } else {
+          tiles.sparse_tile[cut->mr](cut->a, rows.pitch, listed, sums);
+        }
+        if (!direct && !sums.suspend) sink.write(buffer, r, cut->mr, column, columns);
       }
-      if (direct) sums.residual = sink.residual(r, column), sums.out = sink.row(r, column);
-      if (rows.matrix) {
-        unit.tile(cut->a, cut->mr, panel, linear.kd, sums);
-      } else if (straight || along_k) {
-        scaled.row_sum = sums.row_sum;
-        straight ? narrow.run(cut->mr, tiles, cut->a, panel, r, scaled, sums)
-                 : tiles.group_tile[cut->mr](cut->a, rows.pitch, panel, scaled, sums);
-      } else if (ordered) {
-        tiles.ordered_tile[cut->mr](cut->a, rows.pitch, panel, linear.kd, order, sums);
-      } else if (dense) {
-        tiles.tile[cut->mr](cut->a, rows.pitch, panel, linear.kd, sums);
-      } else {
-        tiles.sparse_tile[cut->mr](cut->a, rows.pitch, listed, sums);
-      }
-      if (!direct) sink.write(buffer, r, cut->mr, column, columns);
     }
   }
 }

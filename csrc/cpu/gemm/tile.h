@@ -10,6 +10,15 @@ constexpr int kVectors = 2;
 
 template <class Dot, int MR, int V>
 BK_INLINE void start(typename Dot::Acc (&acc)[MR][V], int64_t j, const TileOutput& o) {
+  if constexpr (!Dot::kInteger) {
+    if (o.resume) {
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) acc[r][v] = Dot::init(o.carry + r * kPanel + j + v * kWidth);
+      return;
+    }
+  }
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     const typename Dot::Acc first =
@@ -58,6 +67,15 @@ BK_INLINE void store(typename Dot::Acc (&acc)[MR][V], int64_t j, const TileOutpu
 
 template <class Dot, int MR, int kStride = kWidth, int V>
 BK_INLINE void finish(typename Dot::Acc (&acc)[MR][V], int64_t j, const TileOutput& o) {
+  if constexpr (!Dot::kInteger) {
+    if (o.suspend) {
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) vstore(o.carry + r * kPanel + j + v * kStride, Dot::value(acc[r][v]));
+      return;
+    }
+  }
   if (o.bf16)
     o.residual ? store<Dot, MR, true, true, kStride>(acc, j, o) : store<Dot, MR, false, true, kStride>(acc, j, o);
   else

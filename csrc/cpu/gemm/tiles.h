@@ -81,9 +81,13 @@ struct FillGroups<Dot, false> {
   static constexpr void run(TileKernels&) {}
 };
 
+// 120 KiB of a panel and of X. (Parts that fit into the L1 gain no more than their sums, which come and go, cost.)
+constexpr int64_t kCarried = kWidth == 8 ? 768 : 0;
+
 template <class Dot, int kMaxMr>
 constexpr TileKernels make_tiles() {
   TileKernels kernels{};
+  kernels.pitch = kWidth == 8 ? 8 : 16, kernels.k_block = Dot::kInteger ? 0 : kCarried;
   kernels.max_mr = kMaxMr, kernels.planes = Dot::kPlanes + Dot::kOrdered;
   kernels.finish_tokens = &finish_tokens<Dot>;
   FillTiles<Dot, kMaxMr>::run(kernels);
