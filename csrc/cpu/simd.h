@@ -208,13 +208,7 @@ BK_INLINE vi vshift_right16(vi a, int bits) { return _mm256_srai_epi16(a, bits);
 BK_INLINE vi vmadd16(vi a, vi b) { return _mm256_madd_epi16(a, b); }
 BK_INLINE vi vmadd8(vi a, vi b) { return _mm256_maddubs_epi16(a, b); }
 BK_INLINE vi vadd16(vi a, vi b) { return _mm256_add_epi16(a, b); }
-BK_INLINE vi vsum16(vi a) {
-  // The ones come from memory: a loop with 16 registers has none to spare for them.
-  alignas(32) static constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-  vi sum;
-  __asm__("vpmaddwd %2, %1, %0" : "=x"(sum) : "x"(a), "m"(kOnes));
-  return sum;
-}
+BK_INLINE vi vsum16(vi a) { return vmadd16(a, _mm256_set1_epi16(1)); }
 BK_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 BK_INLINE vi round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
 BK_INLINE vf vround(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

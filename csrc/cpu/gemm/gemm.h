@@ -10,8 +10,8 @@
 //   W packed: panels of kPanel = 32 output features; a panel is [KD][32] dwords, KD = ceil(K / values per dword).
 //             K and N tails are zeros. (s8 is ordered where there is no dot product of bytes, see below.)
 //   X packed: tiles of up to max_mr rows; a tile of mr rows is [KD][mr] dwords. Where 16-bit products do the work
-//             it is [KD][2][mr], bytes 0 and 2 of each dword as 16-bit numbers, then bytes 1 and 3; and once more
-//             [KD][mr] dwords for those that are ordered (below).
+//             it is [KD][2][mr], bytes 0 and 2 of each dword as 16-bit numbers, then bytes 1 and 3; for ordered weights
+//             (below) [KD][mr] dwords, and for low bits, of which some are ordered, both, one after the other.
 //             Where the processor multiplies matrices (AMX) it is [KD / 16][kMatrixRows][16] dwords, KD rounded up to
 //             16, zeros at the end: rows lie as they are, in pieces.
 //   A tile kernel computes the sums of mr rows and 32 features and, for s8, makes floats of them: TileOutput.
@@ -29,13 +29,16 @@
 // Where there is no dot product of bytes (AVX2, AVX-512 F), vpmaddubsw adds two products u8 x s8 in 16 bits, and
 // saturates beyond them. Weights bound these sums, whatever the activations: P of them positive and Q negative ones
 // give 255 Q to 255 P, which 16 bits hold up to P, -Q = kOrderBound. Hence `ordered` features together list the dwords
-// of K, in three parts, each ascending:
+// of K, in two parts:
 //
 //   fours   two dwords at a time: 4 products (of both dwords' lower halves, and upper ones) stay in bounds
 //   pairs   one dword: 2 products do
-//   rest    bytes are widened, and products added in 32 bits
 //
-// Their weights lie in the order of the lists: panel [32 / ordered][KD][ordered].
+// What is too large for that is taken off the weights, and stands in corrections: dwords of K and weights for one
+// feature each, whose lanes are rows of X. (sum u w = sum u (w - c) + sum u c: the integers are the same.) Steps of
+// corrections hold one for each feature, weights of 0 where there is none.
+//
+// An ordered list is [KD] entries of `ordered` dwords, then [steps][ordered] of corrections, weights and index alike.
 //
 // Sparse weights list the dwords of K at which they are not zero, and nothing else is stored or read:
 //
@@ -99,19 +102,19 @@ struct TileOutput {
 constexpr int32_t kOrderBound = 128;
 constexpr int64_t kMostOrdered = 8192;  // dwords of K: sums of more could overflow int32 in any case
 constexpr int64_t kMostLists = 4;
-struct OrderCounts {
-  uint16_t fours, pairs;  // dwords in these parts; fours is even
+struct OrderedList {
+  const uint16_t* index;    // [KD], then [steps][ordered]: a dword of K each
+  const uint32_t* weights;  // [KD] entries, `step` dwords apart, then [steps][ordered]
+  int64_t step;
+  int64_t fours, steps;  // dwords in fours, an even number; steps of corrections
 };
 struct PanelOrder {
-  const uint16_t* index;             // [32 / ordered][KD]
-  int64_t next_index, next_weights;  // from a list to the next
-  int64_t step;                      // dwords of weights from an entry to the next
-  OrderCounts counts[kMostLists];    // [32 / ordered]
+  OrderedList list[kMostLists];  // [32 / ordered]
 };
 
 using TileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const TileOutput& output);
 
-using OrderedTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const PanelOrder& order,
+using OrderedTileFn = void (*)(const uint32_t* a, int64_t lda, int64_t kd, const PanelOrder& order,
                                const TileOutput& output);
 
 struct SparsePanel {
@@ -189,7 +192,7 @@ struct TileKernels {
   int max_mr;
   int64_t pitch;                           // of X, rows of a group
   int64_t k_block;                         // dwords of K that sums of fp32 kinds are carried over; 0: K is one block
-  int planes;                              // of X, in all
+  int planes;                              // of X, beside the dwords that ordered tiles take
   TileFn tile[kMaxRows + 1];               // by mr; [0] is null
   SparseTileFn sparse_tile[kMaxRows + 1];  // by mr; [0] is null
   TokensFn tokens[3];                      // R = 1, 2, 4

@@ -24,6 +24,18 @@ bool own_ranges(const Linear& linear) {
 
 bool scaled_along_k(const Linear& linear) { return sums_of_rows(linear) && linear.along_k; }
 
+// Whether all tiles take lists that the weights were packed with.
+bool in_lists(const Linear& linear) {
+  return linear.ordered > 0 && linear.ordered == tile_kernels(linear.kind).ordered;
+}
+
+// Of the operand, in dwords of K.
+int64_t planes_of(const Linear& linear) {
+  const TileKernels& tiles = tile_kernels(linear.kind);
+  if (in_lists(linear)) return 1;
+  return tiles.planes + (tiles.ordered > 0 && linear.layout == Layout::grouped);
+}
+
 // Whether the rows go to a matrix unit: by the layer alone, where its sums depend on it, and elsewhere where it is
 // faster.
 bool for_matrix_unit(const Linear& linear, int64_t rows) {
@@ -74,7 +86,7 @@ bool same_groups(const Linear& a, const Linear& b) {
 Rows shape_of_rows(const Linear& linear, int64_t rows, int64_t multiple) {
   Rows shape{};
   shape.rows = rows, shape.groups = group_count(linear, rows, multiple), shape.kd = linear.kd;
-  shape.planes = tile_kernels(linear.kind).planes, shape.matrix = for_matrix_unit(linear, rows);
+  shape.planes = planes_of(linear), shape.matrix = for_matrix_unit(linear, rows);
   shape.pitch = shape.matrix ? kMatrixRows : group_pitch(linear);
   return shape;
 }
@@ -87,6 +99,7 @@ bool same_operand(const Linear& a, const Linear& b) {
   const bool sums = sums_of_rows(a);
   if (sums != sums_of_rows(b) || (sums && !same_groups(a, b))) return false;
   if (for_matrix_unit(a, kMatrixRows) != for_matrix_unit(b, kMatrixRows)) return false;
+  if (planes_of(a) != planes_of(b)) return false;
   return a.kind == b.kind && a.k == b.k && a.input_scale == b.input_scale && a.input_zero == b.input_zero &&
          (a.layout == Layout::tokens) == (b.layout == Layout::tokens);
 }
@@ -138,7 +151,7 @@ void pack_rows(const Rows& rows, int64_t group, Convert&& convert) {
       to[2 * d] = narrow[d] & 0x00ff00ffu;
       to[2 * d + 1] = narrow[d] >> 8 & 0x00ff00ffu;
     }
-    std::memcpy(to + 2 * kd, narrow, static_cast<size_t>(kd) * 4);
+    if (rows.planes == 3) std::memcpy(to + 2 * kd, narrow, static_cast<size_t>(kd) * 4);
   };
   if (rows.pitch == 1) return row(r0, out);
   for (int64_t r = 0; r < mr; ++r) row(r0 + r, stage + r * pitch);
@@ -378,39 +391,40 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
   const TileKernels& tiles = tile_kernels(linear.kind);
   const bool integer = linear.kind == WeightKind::s8, grouped = linear.layout == Layout::grouped;
   const bool dense = linear.layout == Layout::dense || grouped, along_k = scaled_along_k(linear);
-  const bool ordered =
-      tiles.ordered > 0 && !along_k && (grouped ? linear.kd <= kMostOrdered : linear.ordered == tiles.ordered);
-  const bool foreign = linear.ordered && !ordered;  // packed under another ISA
-  const int64_t max_mr = rows.matrix ? kMatrixRows
-                         : along_k   ? tiles.group_mr
-                         : ordered   ? tiles.ordered_mr
-                                     : tiles.max_mr;
+  const bool may_list = tiles.ordered > 0 && grouped && !along_k && linear.kd <= kMostOrdered;
+  const bool listed_all = in_lists(linear);
+  const bool foreign = linear.ordered && !listed_all;  // packed under another ISA
   const Sink sink(linear, output);
   Narrow narrow(linear, rows);
   alignas(64) float buffer[kMatrixRows * kPanel];
   const MatrixUnit unit(rows.matrix ? matrix_kernels(linear.kind) : nullptr);
   const Cut* cuts = nullptr;
-  int64_t count = 0;
-  bool cut_narrow = false;
+  int64_t count = 0, cut_most = 0;  // 0: for narrow tiles
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
     const bool direct = sink.in_tile() && columns == kPanel;
     const SparsePanel listed = dense ? SparsePanel{} : sparse_panel(linear, p);
     const bool straight = narrow.takes(p);
-    if (!cuts || straight != cut_narrow) {
-      cut_narrow = straight;
+    const int bits = grouped && !along_k ? static_cast<int>(linear.grouped_panel[p].bits) : 0;
+    const bool ordered = listed_all || (may_list && bits <= kOrderedBits);
+    const int64_t most = straight      ? 0
+                         : rows.matrix ? kMatrixRows
+                         : along_k     ? tiles.group_mr
+                         : ordered     ? tiles.ordered_mr
+                                       : tiles.max_mr;
+    if (!cuts || most != cut_most) {
+      cut_most = most;
       cuts = straight ? cut_tiles(rows, g0, g1, count, [](int64_t left) { return Narrow::rows_of(left); })
-                      : cut_tiles(rows, g0, g1, count, [&](int64_t left) { return even_part(left, max_mr); });
+                      : cut_tiles(rows, g0, g1, count, [&](int64_t left) { return even_part(left, most); });
     }
     const uint32_t* panel = straight  ? panel_weights(linear, p).data
                             : grouped ? decoded_panel(linear, p)
                             : foreign ? restored_panel(linear, p)
-                            : dense   ? linear.weights + p * linear.kd * kPanel
+                            : dense   ? panel_weights(linear, p).data
                                       : listed.weights;
-    const PanelOrder order =
-        !ordered  ? PanelOrder{}
-        : grouped ? order_of_bits(static_cast<int>(linear.grouped_panel[p].bits), linear.kd, tiles.ordered)
-                  : panel_order(linear, p);
+    const PanelOrder order = !ordered     ? PanelOrder{}
+                             : listed_all ? panel_order(linear, p)
+                                          : order_of_bits(bits, panel, linear.kd, tiles.ordered);
     const int64_t blocks = blocks_of_k(tiles, dense && !rows.matrix, linear.kd, count);
     const auto block_begin = [&](int64_t block) { return linear.kd * block / blocks; };
     const int64_t steps = dense ? block_begin(1) : listed.both + listed.half[0] + listed.half[1];
@@ -451,7 +465,8 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
           straight ? narrow.run(cut->mr, tiles, cut->a, panel, r, scaled, sums)
                    : tiles.group_tile[cut->mr](cut->a, rows.pitch, panel, scaled, sums);
         } else if (ordered) {
-          tiles.ordered_tile[cut->mr](cut->a, rows.pitch, panel, linear.kd, order, sums);
+          const uint32_t* const dwords = cut->a + linear.kd * (rows.planes - 1) * rows.pitch;
+          tiles.ordered_tile[cut->mr](dwords, rows.pitch, linear.kd, order, sums);
         } else if (dense) {
           tiles.tile[cut->mr](cut->a + k0 * rows.pitch * tiles.planes, rows.pitch, panel + k0 * kPanel, kd, sums);
         } else {

@@ -1,11 +1,10 @@
 // A packed linear layer (the uint8 tensor that the operators call `packed`) and the loops over its tiles.
 //
 //   bytes 0..63   LinearHeader
-//   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h); ordered: panels x 32 / ordered x KD x ordered
-//   index         `entries` dwords of K, padded to 4 bytes:
-//                 uint32 (panels), uint16 (tokens), uint16 [panels][32 / ordered][KD] (ordered)
+//   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h); ordered: lists [panels x 32 / ordered]
+//   index         `entries` dwords of K, padded to 4 bytes: uint32 (panels), uint16 (tokens, ordered)
 //   table         PanelEntry [panels], uint32 [panels * 32 / R * blocks + 1] (tokens),
-//                 OrderCounts [panels][32 / ordered] (ordered)
+//                 OrderedEntry [panels][32 / ordered] (ordered)
 //   init          int32 [Np]   s8 with one zero point for all rows only: -input_zero * sum_k W[n, k],
 //                              Np = N rounded up to 32
 //   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
@@ -29,6 +28,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/gemm/gemm.h"
 #include "cpu/rowwise/rowwise.h"
@@ -45,6 +45,11 @@ enum class Layout : int32_t { dense = 0, panels = 1, tokens = 2, grouped = 3 };
 struct PanelEntry {
   uint32_t index, weights;  // where the panel's begin; weights in half panels
   uint32_t both, half[2];
+};
+
+struct OrderedEntry {
+  uint32_t before;  // steps of corrections in the lists before this one
+  uint16_t fours, steps;
 };
 
 struct GroupHeader {
@@ -111,18 +116,29 @@ void write_header(const LinearHeader& header, void* out);
 // Reads the header; `bytes` is checked against it. Returns false where this is no packed linear.
 bool view_linear(const void* data, int64_t bytes, Linear& linear);
 
-// weight: [n, k] fp32 or bf16 as `kind` says, or int8 codes with `scale` [n] ([1] where scale_count == 1).
-void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
-                 const float* bias, void* out);
+// Panel `panel` of a dense weight [n, k], fp32 or bf16 as `kind` says or int8 codes: dwords [kd][32].
+void fill_panel(const LinearHeader& header, const void* weight, int64_t panel, uint32_t* dwords);
 
-// Fills in features and entries of a dense layer, for the tiles of the active ISA.
-void measure_order(LinearHeader& header);
-// Orders one panel of dwords [kd][32] in place.
-void order_panel(uint32_t* panel, int64_t kd, int64_t features, uint16_t* index, OrderCounts* counts);
+struct OrderedWeights {
+  std::vector<uint32_t> weights;
+  std::vector<uint16_t> index;
+  std::vector<OrderedEntry> table;
+  uint32_t steps = 0;  // of corrections, so far
+};
+// Orders a dense weight for the tiles of the active ISA and fills in features, entries and weight_dwords. False: they
+// take none.
+bool order_weights(LinearHeader& header, const void* weight, OrderedWeights& ordered);
+
+// weight as in `fill_panel`, codes with `scale` [n] ([1] where scale_count == 1); ordered: null, or of order_weights.
+void pack_linear(const LinearHeader& header, const void* weight, const OrderedWeights* ordered, const float* scale,
+                 int64_t scale_count, const float* bias, void* out);
+
+OrderedList ordered_list(const Linear& linear, int64_t list);  // of all lists of all panels
 PanelOrder panel_order(const Linear& linear, int64_t panel);
 void restore_panel(const Linear& linear, int64_t panel, uint32_t* dwords);  // as it was, [kd][32]
-// Of centred codes, which are below 2^(bits - 1): all dwords in one part.
-PanelOrder order_of_bits(int bits, int64_t kd, int64_t ordered);
+// Of a decoded panel [kd][32], whose centred codes are below 2^(bits - 1), up to kOrderedBits: all dwords in one part.
+constexpr int kOrderedBits = 7;
+PanelOrder order_of_bits(int bits, const uint32_t* panel, int64_t kd, int64_t ordered);
 
 // At once over the weights of Layout::tokens; measured: groups of rows, and where K has several blocks so many panels
 // that the rows' way into the L1 is worth it.

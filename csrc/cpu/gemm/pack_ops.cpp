@@ -43,9 +43,10 @@ Tensor pack(const char* op, cpu::WeightKind kind, const Tensor& weight, const Te
             const std::optional<Tensor>& bias, double input_scale, int64_t input_zero, double output_scale) {
   Layer layer = layer_of(op, kind, weight.size(0), weight.size(1), bias, input_scale, input_zero, output_scale);
   layer.header.weight_dwords = cpu::dense_dwords(kind, layer.header.n, layer.header.k);
-  cpu::measure_order(layer.header);
+  cpu::OrderedWeights ordered;
+  const bool lists = cpu::order_weights(layer.header, weight.const_data_ptr(), ordered);
   Tensor out = empty_weights(cpu::packed_bytes(layer.header));
-  cpu::pack_linear(layer.header, weight.const_data_ptr(),
+  cpu::pack_linear(layer.header, weight.const_data_ptr(), lists ? &ordered : nullptr,
                    scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, scale ? scale->numel() : 0,
                    layer.bias_data, out.mutable_data_ptr());
   return out;

@@ -1,6 +1,7 @@
 // The packed form of a linear layer: its sizes, and how it is written and read.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "cpu/gemm/linear.h"
@@ -37,7 +38,8 @@ int64_t token_blocks(int64_t kd) { return std::max<int64_t>(1, (kd + kTokenBlock
 // Bytes of the index and of the table.
 int64_t index_bytes(const LinearHeader& h) { return h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4; }
 int64_t table_bytes(const LinearHeader& h, int64_t panels) {
-  if (h.layout == 0) return h.features ? panels * (kPanel / h.features) * static_cast<int64_t>(sizeof(OrderCounts)) : 0;
+  if (h.layout == 0)
+    return h.features ? panels * (kPanel / h.features) * static_cast<int64_t>(sizeof(OrderedEntry)) : 0;
   if (h.layout == 1) return panels * static_cast<int64_t>(sizeof(PanelEntry));
   const int64_t kd = dword_count(static_cast<WeightKind>(h.kind), h.k);
   return (panels * kPanel / h.features * token_blocks(kd) + 1) * 4;
@@ -68,9 +70,11 @@ bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
   if (linear.panels == 0) return entries == 0 && dwords == 0;
   if (linear.layout == Layout::dense) {
     if (!linear.ordered) return true;
-    const OrderCounts last =
-        static_cast<const OrderCounts*>(linear.table)[linear.panels * (kPanel / linear.ordered) - 1];
-    return last.fours % 2 == 0 && last.fours + last.pairs <= linear.kd;
+    const int64_t lists = linear.panels * (kPanel / linear.ordered);
+    const OrderedEntry& last = static_cast<const OrderedEntry*>(linear.table)[lists - 1];
+    const int64_t corrections = (int64_t{last.before} + last.steps) * linear.ordered;
+    return last.fours % 2 == 0 && last.fours <= linear.kd && entries == lists * linear.kd + corrections &&
+           dwords == lists * linear.kd * linear.ordered + corrections;
   }
   if (linear.layout == Layout::panels) {
     const PanelEntry& e = static_cast<const PanelEntry*>(linear.table)[linear.panels - 1];
@@ -98,10 +102,8 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
   const bool known =
-      header.layout == 0
-          ? dwords == np * kd && (features ? kind == WeightKind::s8 && (features == 8 || features == 16) &&
-                                                 kd <= kMostOrdered && entries == np / features * kd
-                                           : entries == 0)
+      header.layout == 0 ? (features ? kind == WeightKind::s8 && (features == 8 || features == 16) && kd <= kMostOrdered
+                                     : dwords == np * kd && entries == 0)
       : header.layout == 1
           ? features == 0 && dwords >= entries * kHalfPanel && dwords <= entries * kPanel
           : header.layout == 2 && (features == 1 || features == 2 || features == 4) && dwords == entries * features;
@@ -154,45 +156,42 @@ void write_vectors(const LinearHeader& header, const int32_t* sums, const float*
 
 }  // namespace
 
-void measure_order(LinearHeader& header) {
+void fill_panel(const LinearHeader& header, const void* weight, int64_t panel, uint32_t* dwords) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
-  const int64_t kd = dword_count(kind, header.k), np = padded(header.n), ordered = tile_kernels(kind).ordered;
-  if (ordered == 0 || kd > kMostOrdered) return;
-  header.features = static_cast<int16_t>(ordered);
-  header.entries = np / ordered * kd;
+  const int64_t k = header.k, kd = dword_count(kind, k), bytes = value_bytes(kind), per_dword = values_per_dword(kind);
+  std::fill_n(dwords, kd * kPanel, 0u);
+  for (int64_t f = 0; f < std::min(kPanel, header.n - panel * kPanel); ++f) {
+    const char* row = static_cast<const char*>(weight) + (panel * kPanel + f) * k * bytes;
+    for (int64_t d = 0; d < kd; ++d)
+      std::memcpy(dwords + d * kPanel + f, row + d * 4,
+                  static_cast<size_t>(std::min(per_dword, k - d * per_dword) * bytes));
+  }
 }
 
-void pack_linear(const LinearHeader& header, const void* weight, const float* scale, int64_t scale_count,
-                 const float* bias, void* out) {
+void pack_linear(const LinearHeader& header, const void* weight, const OrderedWeights* ordered, const float* scale,
+                 int64_t scale_count, const float* bias, void* out) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
-  const int64_t n = header.n, k = header.k, kd = dword_count(kind, k);
+  const int64_t n = header.n, k = header.k, kd = dword_count(kind, k), panels = padded(n) / kPanel;
   std::memset(out, 0, static_cast<size_t>(packed_bytes(header)));
   write_header(header, out);
-  char* weights = static_cast<char*>(out) + sizeof header;
-  const int64_t bytes = value_bytes(kind), per_dword = values_per_dword(kind);
+  char* const weights = static_cast<char*>(out) + sizeof header;
   char* const index = weights + header.weight_dwords * 4;
   char* const table = index + index_bytes(header);
-  std::vector<int32_t> sums;
-  for (int64_t i = 0; i < n; ++i) {
-    const char* row = static_cast<const char*>(weight) + i * k * bytes;
-    char* column = weights + ((i / kPanel) * kd * kPanel + i % kPanel) * 4;
-    for (int64_t d = 0; d < kd; ++d)
-      std::memcpy(column + d * kPanel * 4, row + d * 4,
-                  static_cast<size_t>(std::min(per_dword, k - d * per_dword) * bytes));
-    if (kind == WeightKind::s8) {
-      int32_t sum = 0;
-      for (int64_t j = 0; j < k; ++j) sum += static_cast<const int8_t*>(weight)[i * k + j];
-      sums.push_back(sum);
-    }
-  }
-  const int64_t panels = padded(n) / kPanel;
-  if (header.features) {
-    const int64_t lists = kPanel / header.features;
+  if (ordered) {
+    const auto copy = [](const auto& from, char* to) {
+      if (!from.empty()) std::memcpy(to, from.data(), from.size() * sizeof from[0]);
+    };
+    copy(ordered->weights, weights), copy(ordered->index, index), copy(ordered->table, table);
+  } else {
     for (int64_t p = 0; p < panels; ++p)
-      order_panel(reinterpret_cast<uint32_t*>(weights) + p * kd * kPanel, kd, header.features,
-                  reinterpret_cast<uint16_t*>(index) + p * lists * kd,
-                  reinterpret_cast<OrderCounts*>(table) + p * lists);
+      fill_panel(header, weight, p, reinterpret_cast<uint32_t*>(weights) + p * kd * kPanel);
   }
+  std::vector<int32_t> sums;
+  if (kind == WeightKind::s8)
+    for (int64_t i = 0; i < n; ++i) {
+      const int8_t* row = static_cast<const int8_t*>(weight) + i * k;
+      sums.push_back(std::accumulate(row, row + k, int32_t{0}));
+    }
   write_vectors(header, sums.data(), scale, scale_count, bias, table + table_bytes(header, panels));
 }
 
@@ -350,8 +349,13 @@ Piece panel_weights(const Linear& linear, int64_t panel) {
       const int64_t first = b.begin[0], last = b.begin[kPanel / linear.features * b.blocks];
       return {b.weights + first * linear.features, (last - first) * linear.features * 4};
     }
-    default:
-      return {linear.weights + panel * linear.kd * kPanel, linear.kd * kPanel * 4};
+    default: {
+      if (!linear.ordered) return {linear.weights + panel * linear.kd * kPanel, linear.kd * kPanel * 4};
+      const int64_t lists = kPanel / linear.ordered;
+      const OrderedList first = ordered_list(linear, panel * lists),
+                        last = ordered_list(linear, (panel + 1) * lists - 1);
+      return {first.weights, (last.weights - first.weights + (linear.kd + last.steps) * linear.ordered) * 4};
+    }
   }
 }
 

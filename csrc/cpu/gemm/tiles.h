@@ -88,7 +88,7 @@ template <class Dot, int kMaxMr>
 constexpr TileKernels make_tiles() {
   TileKernels kernels{};
   kernels.pitch = kWidth == 8 ? 8 : 16, kernels.k_block = Dot::kInteger ? 0 : kCarried;
-  kernels.max_mr = kMaxMr, kernels.planes = Dot::kPlanes + Dot::kOrdered;
+  kernels.max_mr = kMaxMr, kernels.planes = Dot::kPlanes;
   kernels.finish_tokens = &finish_tokens<Dot>;
   FillTiles<Dot, kMaxMr>::run(kernels);
   FillOrdered<Dot, kOrderedRows, Dot::kOrdered>::run(kernels);
