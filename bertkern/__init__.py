@@ -67,9 +67,13 @@ _SURFACE = {
 }
 
 __all__ = [*sorted(_SURFACE), "__version__"]
+# Packages that are used by name without an import of their own: bk.nn.GroupwiseLinear.
+_PACKAGES = ("checkpoints", "compress", "config", "formats", "nn", "ops")
 
 
 def __getattr__(name: str) -> _Any:
+    if name in _PACKAGES:
+        return _import_module(f".{name}", __name__)
     if name in _SURFACE:
         value = globals()[name] = getattr(_import_module(f".{_SURFACE[name]}", __name__), name)
         return value
@@ -77,7 +81,7 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})
 
 
 _register()
