@@ -104,8 +104,9 @@ def load(path: Path, *, model_class: type[PreTrainedModel] | None = None) -> nn.
         if f"{name}.weight" in tensors:
             problems.append(f"expected {name}.weight once. Got it both dense and packed.")
         try:
-            bits, activation = _scheme(name, record)
-            made = packed_weight(parts, bits, f"{name}.")
+            about, activation = _scheme(name, record)
+            _agree(name, parts, about)
+            made = packed_weight(parts, about["num_bits"], f"{name}.")
         except ValueError as error:
             problems.append(str(error).removeprefix("load_checkpoint: "))
             tensors[f"{name}.weight"] = modules[name].weight.detach()
@@ -154,8 +155,8 @@ def _zeros(
     return _unpacked(words.T, bits, n, loose).T.float()
 
 
-def _scheme(name: str, record: Any) -> tuple[int, str]:
-    """(bits, activation) of a layer, as the groups of config.json have them."""
+def _scheme(name: str, record: Any) -> tuple[dict[str, Any], str]:
+    """(record of the weights, activation) of a layer, as the groups of config.json have them."""
     groups = record.get("config_groups") if isinstance(record, dict) else None
     schemes = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
     # One that names the layer comes before one that names its class.
@@ -169,12 +170,27 @@ def _scheme(name: str, record: Any) -> tuple[int, str]:
             if type(bits) is not int or not 2 <= bits <= 8 or weights.get("type", "int") != "int":
                 raise ValueError(f"expected {name} to have integers of 2 to 8 bits. Got {weights!r}.")
             if inputs is None:
-                return bits, "float"
+                return weights, "float"
             dynamic = isinstance(inputs, dict) and inputs.get("dynamic") is True and inputs.get("type", "int") == "int"
             if not dynamic or inputs.get("num_bits") != 8:
                 raise ValueError(f"expected activations of {name} to be float, or dynamic int8. Got {inputs!r}.")
-            return bits, "dynamic"
+            return weights, "dynamic"
     raise ValueError(f"expected config_groups of config.json to name {name}. Got none that does.")
+
+
+def _agree(name: str, parts: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Raises ValueError where the tensors of a layer are not as its record says of groups and zero points."""
+    shape, scale = parts.get(f"{name}.weight_shape"), parts.get(f"{name}.weight_scale")
+    size, strategy = about.get("group_size"), about.get("strategy")
+    if type(size) is int and size > 0 and strategy in (None, "group") and shape is not None and scale is not None:
+        columns = -(-int(shape.reshape(-1)[-1]) // size) if shape.numel() else 0
+        if scale.dim() == 2 and scale.shape[1] != columns:
+            raise ValueError(
+                f"expected {name}.weight_scale of {columns} groups, as config.json says with group_size {size}. "
+                f"Got {scale.shape[1]}."
+            )
+    if about.get("symmetric") is False and f"{name}.weight_zero_point" not in parts:
+        raise ValueError(f"expected {name}.weight_zero_point, as config.json says that grids have some. Got none.")
 
 
 def _names(target: Any, name: str, exact: bool) -> bool:

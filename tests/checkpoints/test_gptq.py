@@ -168,6 +168,7 @@ def _first(value):
         ("packed", _at("weight_packed", lambda t: t[:, 1:]), r"query.weight_packed of shape \[64, 8\]. Got \[64, 7\]"),
         ("packed", _at("weight_scale", _first(-1.0)), "query.weight_scale to be positive. Got -1.0"),
         ("packed", _at("weight_scale", lambda t: t[1:]), r"query.weight_scale of shape \[64, 2\]. Got \[63, 2\]"),
+        ("packed", lambda s: s.pop(f"{QUERY}.weight_zero_point"), "query.weight_zero_point, as config.json says"),
         ("packed", _at("weight_zero_point", lambda t: t[1:]), r"query.weight_zero_point of shape \[8, 2\]. Got"),
         ("packed", _at("weight_zero_point", lambda t: t.float()), "query.weight_zero_point of dtype int32"),
     ],
@@ -194,6 +195,8 @@ def test_damaged(kind, damage, message, tmp_path):
         ("packed", {"targets": ["re:("]}, "config_groups of config.json to name"),
         ("packed", {"weights": {"num_bits": 4, "type": "float"}}, "integers of 2 to 8 bits"),
         ("packed", {"weights": {"num_bits": 8}}, r"query.weight_packed of shape \[64, 16\]. Got \[64, 8\]"),
+        ("packed", {"weights": {"num_bits": 4, "group_size": 16}}, "query.weight_scale of 4 groups, .* Got 2"),
+        ("packed", {"weights": {"num_bits": 4, "strategy": "group", "group_size": 64}}, "weight_scale of 1 groups"),
         ("packed", {"input_activations": {"num_bits": 8, "dynamic": False}}, "to be float, or dynamic int8"),
     ],
 )
