@@ -32,7 +32,7 @@ from ..formats.groupwise import GroupwiseWeight, expect_bits, group_count
 from ..names import fits
 from ..nn import GroupwiseEmbedding, GroupwiseLinear
 from ..nn.int8 import input_step
-from .scheme import Header, Known, Scheme, expect
+from .scheme import Header, Known, Scheme, check_input, expect
 
 
 class GroupwiseScheme(Scheme):
@@ -260,9 +260,7 @@ class GroupwiseScheme(Scheme):
                 module.groupwise_weight().check()
             except ValueError as error:
                 raise ValueError(f"from_pretrained: {name}: {error}") from None
-        step = getattr(module, "input_scale", None)
-        if step is not None and not 0 <= float(step) < float("inf"):
-            raise ValueError(f"from_pretrained: expected {name}.input_scale finite and at least 0. Got {float(step)}.")
+        check_input(name, module)
 
     def _rounds(self, config: GroupwiseConfig, form: Mapping[str, Any], tied: bool) -> bool:
         """Whether the inputs of a linear are rounded."""

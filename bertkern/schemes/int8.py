@@ -32,7 +32,7 @@ from ..config import Int8Config
 from ..formats.bsr import BsrWeight
 from ..nn import Int8Embedding, Int8Linear
 from ..nn.int8 import input_step
-from .scheme import Header, Scheme, expect
+from .scheme import Header, Scheme, check_input, expect
 
 
 class Int8Scheme(Scheme):
@@ -164,7 +164,8 @@ class Int8Scheme(Scheme):
     def check_loaded(self, name: str, module: nn.Module) -> None:
         if module.weight_codes.numel() and int(module.weight_codes.min()) < -127:
             raise ValueError(f"from_pretrained: expected {name}.weight_codes in [-127, 127]. Got -128.")
-        for tensor in ("weight_scale", "input_scale", "output_scale"):
+        check_input(name, module)
+        for tensor in ("weight_scale", "output_scale"):
             values = getattr(module, tensor, None)
             if values is not None and not bool((torch.isfinite(values) & (values >= 0)).all()):
                 raise ValueError(f"from_pretrained: expected {name}.{tensor} finite and at least 0. Got others.")

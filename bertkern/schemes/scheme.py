@@ -154,6 +154,19 @@ class Scheme:
         raise NotImplementedError
 
 
+def check_input(name: str, module: nn.Module) -> None:
+    """Raises ValueError where the step and the zero point of a loaded linear's inputs cannot be."""
+    step = getattr(module, "input_scale", None)
+    if step is None:
+        return
+    step, zero = float(step), int(module.input_zero_point)
+    if not 0 <= step < float("inf"):
+        raise ValueError(f"from_pretrained: expected {name}.input_scale finite and at least 0. Got {step}.")
+    if not (0 <= zero <= 255 if step else zero in (0, 128)):
+        allowed = "from 0 to 255" if step else "0, or 128, beside an input_scale of 0"
+        raise ValueError(f"from_pretrained: expected {name}.input_zero_point {allowed}. Got {zero}.")
+
+
 def expect(
     problems: list[str],
     name: str,

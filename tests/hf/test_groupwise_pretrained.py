@@ -315,6 +315,7 @@ def put(stored, path, change_tensors=None, change_config=None):
             r"query.weight_zero torch.float32 of shape \[G\]",
         ),
         (lambda s: s[f"{QUERY}.input_scale"].fill_(float("nan")), "query.input_scale finite"),
+        (lambda s: s[f"{QUERY}.input_zero_point"].fill_(5), "query.input_zero_point 0, or 128, .* Got 5"),
         (lambda s: s[f"{WORDS}.weight_scale"].zero_(), "word_embeddings: .*scales above 0"),
         (lambda s: s.update({f"{QUERY}.weight": torch.ones(52, 52)}), "expected no .*query.weight. Got it"),
         (
