@@ -93,6 +93,12 @@ def build_skeleton(model: nn.Module, record: BertkernConfig, files: Iterable[str
         ValueError: tensors that are missing, superfluous or of another shape or dtype; the text names them.
     """
     config, scheme, base = record.config, scheme_under(record.config), model.base_model_prefix + "."
+    if longer := [name for name in record.layers if name.startswith(base)]:
+        # They would name nothing, and their tensors be read as if they were not there.
+        raise ValueError(
+            f"from_pretrained: expected layers of quantization_config without {base} before their names. "
+            f"Got {', '.join(longer)}."
+        )
     forms = {name: record.layers.get(name.removeprefix(base)) for name, _ in model.named_modules()}
     forms = {name: form for name, form in forms.items() if form is not None}
     choices = plan.choose(model, config, forms)

@@ -348,6 +348,7 @@ def test_checkpoints_that_do_not_fit(change, message, stored, tmp_path):
         ),
         (lambda c: c.update(layers={"encoder.layer.1": {"axis": "n"}}), "axis, group_size, activation and symmetric"),
         (lambda c: c.update(layers=["encoder"]), "layers by name"),
+        (lambda c: c.update(layers={QUERY: {"activation": "float"}}), f"without bert. before their names. Got {QUERY}"),
     ],
 )
 def test_configs_that_do_not_fit(change, message, stored, tmp_path):
