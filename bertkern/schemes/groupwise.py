@@ -9,11 +9,26 @@ A file holds, of a low-bit linear or table `<name>`, N x K with G groups (of axi
 <name>.weight_bits        uint8 [G]       2 to 8
 <name>.bias               fp32 [N]        of a linear that has one
 <name>.input_scale        fp32 []         of a linear with int8 activations: 0: each token's own range; else the step
-<name>.input_zero_point   int32 []        beside input_scale: 0: signed codes; else of uint8 codes
+<name>.input_zero_point   int32 []        beside input_scale: 0: signed codes; else of uint8 codes. Beside a
+                                          step of 0: 0, or 128 where tokens' ranges are symmetric about 0
 
-A decoder that shares a table has no tensors of the weight. The axis and the size of groups stand in config.json: those
-of `quantization_config`, and of each module under "layers" that differs. What there stands of bits tells how the model
-was made; weight_bits counts.
+A decoder that shares a table has no tensors of the weight. A module without weight_codes is a float one, with its own
+`<name>.weight`.
+
+In config.json, `quantization_config` holds the fields of `bertkern.GroupwiseConfig` beside "quant_method": "bertkern"
+and "kind": "groupwise". These tell how the tensors are to be read:
+
+axis, group_size, groups          how linears are cut: into runs of group_size rows ("n") or columns ("k"), of
+                                  ceil(rows or columns / groups) where group_size is null
+symmetric                         whether weight_zero is missing, of linears and tables
+pooler, head, skip                which linears stay float, and embedding_bits, if it is null, that tables do
+activation                        "float": no linear has input_scale and input_zero_point
+layers                            of modules by name, the base model's prefix ("bert.") left out, what is not so:
+                                  {"<name>": {"axis": "k", "group_size": 64, "symmetric": true, "activation": "float"}},
+                                  axis and group_size both or neither; modules that stand there are low-bit
+
+Tables are cut into single rows unless they stand under "layers". What the config says of bits tells how the model was
+made; weight_bits counts.
 """
 
 from __future__ import annotations
