@@ -124,11 +124,7 @@ def choose(weight: Tensor, times: Times | None, rows: Sequence[int] = ROWS, time
     shares: dict[str, float] = {}
     for form, density in forms.items():
         key = f"gpu {kind} {'x'.join(map(str, weight.shape))} {form} {density:.2f} at {','.join(map(str, rows))}"
-        share = times.get(key)
-        if share is None:
-            share = _share(weight, form, rows, timer)
-            times.put(key, share)
-        shares[str(form)] = share
+        shares[str(form)] = times.share(key, lambda form=form: _share(weight, form, rows, timer))
     return found_for(weight, fastest(list(forms), shares, measured=True))
 
 
@@ -192,8 +188,8 @@ def _share_of_twin(
     """Has `op` computed by the CUDA kernel where its calls are faster than Triton's, all together."""
     if providers.CUDA not in providers.available(op):
         return
-    share = times.get(key)
-    if share is None:
+
+    def measure() -> float:
         shares = []
         for call in calls:
             took = {}
@@ -201,8 +197,9 @@ def _share_of_twin(
                 with torch.no_grad(), _on(device), providers.preferred(op, device, width, name):
                     took[name] = timer(call)
             shares.append(took[providers.CUDA] / took[providers.TRITON])
-        share = math.exp(sum(map(math.log, shares)) / len(shares))
-        times.put(key, share)
+        return math.exp(sum(map(math.log, shares)) / len(shares))
+
+    share = times.share(key, measure)
     providers.prefer(op, device, width, providers.CUDA if share < MARGIN else None)
 
 

@@ -31,6 +31,7 @@ def quantize_(
     plan: tuning.Plan | str | os.PathLike[str] | None = None,
     measure: bool = True,
     sample: Any = None,
+    progress: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Exchanges linear layers and embedding tables for quantized ones, in place; the rest runs by the kernels, too.
@@ -50,7 +51,8 @@ def quantize_(
             `bertkern.calibrate` found on them.
         keep_padding, exact_attention, plan, measure, sample: see `accelerate`; zeros of a pruned model stay zeros and
             are skipped.
-        options: with batches, what `bertkern.calibrate` takes: tokenizer, observer, batch_size, progress.
+        progress: show progress bars: of a calibration over batches, and as `accelerate` does.
+        options: with batches, what `bertkern.calibrate` takes: tokenizer, observer, batch_size.
 
     Returns:
         The model.
@@ -96,7 +98,7 @@ def quantize_(
     modules = {**chosen, **{name: model.get_submodule(name) for name in tables}}
     modules = {name: (module, layers.aliases(name, roots)) for name, module in modules.items() if name not in ties}
     scheme.check(config, modules, given)
-    ranges = _ranges(model, config, calibration, options)
+    ranges = _ranges(model, config, calibration, options, progress)
     rows = {} if sample is None else rows_seen(model, sample)
     for name in chosen if static else ():
         if name not in ranges:
@@ -112,7 +114,7 @@ def quantize_(
     if not given and not scheme.fixes_shapes(config):
         drop_dead(model)
     exchange.exchange(model, scheme, config, names, tables, ties, ranges, given)
-    run_by_kernels(model, rows, keep_padding, exact_attention, True, plan, measure)
+    run_by_kernels(model, rows, keep_padding, exact_attention, True, plan, measure, progress)
     getattr(model, RECORD).kept = kept
     mark_quantized(model, config)
     return model
@@ -130,7 +132,11 @@ def _check_values(model: nn.Module, choices: list[layers.Choice], tables: list[s
 
 
 def _ranges(
-    model: nn.Module, config: Int8Config | GroupwiseConfig, calibration: Any, options: dict[str, Any]
+    model: nn.Module,
+    config: Int8Config | GroupwiseConfig,
+    calibration: Any,
+    options: dict[str, Any],
+    progress: bool,
 ) -> Mapping[str, tuple[float, float]]:
     """The ranges that `calibration` is or leads to, by name."""
     from .compress import Calibration, calibrate
@@ -142,7 +148,7 @@ def _ranges(
             f"Got {name}."
         )
     if calibration is not None and not isinstance(calibration, Calibration):
-        return calibrate(model, calibration, config, **options).ranges
+        return calibrate(model, calibration, config, progress=progress, **options).ranges
     if options:
         raise TypeError(f"quantize_: expected {sorted(options)[0]} only with batches in calibration.")
     return {} if calibration is None else calibration.ranges

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .nn.linear import FLOATS
 from .nn.packing import PackedCache
 from .nn.sparse import DENSE
 from .ops import pack_linear, pack_qlinear
+from .progress import LateBar
 from .pruned import drop_dead, grow, unmask
 from .record import RECORD, record_of
 from .sampling import rows_seen
@@ -30,6 +32,7 @@ def accelerate(
     sparse: bool = True,
     plan: tuning.Plan | str | os.PathLike[str] | None = None,
     measure: bool = True,
+    progress: bool = True,
 ) -> nn.Module:
     """Makes `model` run by bertkern's kernels, in place; its answers change by no more than float rounding.
 
@@ -51,6 +54,7 @@ def accelerate(
         plan: what `bertkern.plan_of` gave for this model, or the file where it was saved: layers that it tells of are
             not timed.
         measure: whether layers with zeros are timed, once a shape and density on a machine; else a cost model decides.
+        progress: show a progress bar where that takes more than a few seconds.
 
     Returns:
         The model.
@@ -66,7 +70,7 @@ def accelerate(
     except ValueError as error:
         raise ValueError(f"accelerate: {error}") from None
     rows = {} if sample is None else rows_seen(model, sample)
-    return run_by_kernels(model, rows, keep_padding, exact_attention, sparse, plan, measure)
+    return run_by_kernels(model, rows, keep_padding, exact_attention, sparse, plan, measure, progress)
 
 
 def run_by_kernels(
@@ -77,6 +81,7 @@ def run_by_kernels(
     sparse: bool,
     plan: tuning.Plan | str | os.PathLike[str] | None,
     measure: bool,
+    progress: bool,
 ) -> nn.Module:
     """`accelerate`, the sample's rows by layer known."""
     known = tuning.usable(plan)
@@ -88,43 +93,32 @@ def run_by_kernels(
     shared = _shared_weights(model)
     choices = layers.choose(model, None)
     known = tuning.naming(known, [*(choice.name for choice in choices), *quantized])
-    # Of layers that a plan does not tell of, too.
-    times = tuning.Times() if measure else None
     anew: list[str] = []
-    for choice in choices:
-        if choice.action == "packed":
-            form = tuning.Choice(DENSE)
-            if sparse:
-                form = _form(choice.name, choice.module, known, times, shared, rows, anew)
-            record.forms[choice.name] = form
-            pack(choice.module, form.form)
-            record.left.pop(choice.name, None)
-        else:
-            record.left[choice.name] = choice.reason
-    for name, module in quantized.items():
-        # Now, because torch.compile must find the packed weights when it traces.
-        if isinstance(module, PackedCache) and gpu.runs_on(module.weight_scale.device):
-            if isinstance(module, (Int8Linear, GroupwiseLinear)) and module.packable():
-                if isinstance(module, Int8Linear):
-                    record.forms[name] = _form(name, module, known, times, shared, rows, anew)
-                    module.take_form(record.forms[name].form)
-                module.operand()
-            continue
-        if not isinstance(module, PackedCache) or module.weight_scale.device.type != "cpu" or not module.packable():
-            continue
-        codes = module.weight_codes
-        if isinstance(module, Int8Linear):
-            record.forms[name] = _form(name, module, known, times, shared, rows, anew)
-            module.take_form(record.forms[name].form)
-        module.packed()
-        # The kernels read the packed copy. Now, because the module may have let go of its codes.
-        mapped.release(codes)
-        codes = None
-        mapped.trim()
+
+    def form_of(name: str, module: nn.Module) -> tuning.Form:
+        record.forms[name] = _form(name, module, known, times, shared, rows, anew)
+        return record.forms[name].form
+
+    # Of layers that a plan does not tell of, too.
+    with (
+        LateBar("measure kernels", "layer", progress) as bar,
+        tuning.Times(bar=bar) if measure else nullcontext() as times,
+    ):
+        bar.expect(len(choices) + len(quantized))
+        for choice in choices:
+            if choice.action == "packed":
+                record.forms[choice.name] = tuning.Choice(DENSE)
+                pack(choice.module, form_of(choice.name, choice.module) if sparse else DENSE)
+                record.left.pop(choice.name, None)
+            else:
+                record.left[choice.name] = choice.reason
+            bar.step()
+        for name, module in quantized.items():
+            _pack_quantized(name, module, form_of)
+            bar.step()
+        if times is not None:
+            _choose_providers(model, times, bar, exact_attention)
     tuning.tell_others(anew)
-    if times is not None:
-        _choose_providers(model, times, exact_attention)
-        times.save()
     fuse(model, record, keep_padding, exact_attention)
     setattr(model, RECORD, record)
     mapped.trim()
@@ -133,6 +127,29 @@ def run_by_kernels(
     # Float weights, norms, and what stands between the codes of a file: the kernels have copies of it all.
     mapped.release(*model.parameters(), *model.buffers())
     return model
+
+
+def _pack_quantized(name: str, module: nn.Module, form_of: Callable[[str, nn.Module], tuning.Form]) -> None:
+    """Packs a quantized module's codes, of an Int8Linear in the form of `form_of`.
+
+    Now, because torch.compile must find the packed weights when it traces.
+    """
+    if isinstance(module, PackedCache) and gpu.runs_on(module.weight_scale.device):
+        if isinstance(module, (Int8Linear, GroupwiseLinear)) and module.packable():
+            if isinstance(module, Int8Linear):
+                module.take_form(form_of(name, module))
+            module.operand()
+        return
+    if not isinstance(module, PackedCache) or module.weight_scale.device.type != "cpu" or not module.packable():
+        return
+    codes = module.weight_codes
+    if isinstance(module, Int8Linear):
+        module.take_form(form_of(name, module))
+    module.packed()
+    # The kernels read the packed copy. Now, because the module may have let go of its codes.
+    mapped.release(codes)
+    codes = None
+    mapped.trim()
 
 
 def plan_of(model: nn.Module) -> tuning.Plan:
@@ -213,14 +230,18 @@ def _form(
     return tuning.choose(dense, lambda: pack_linear(dense.contiguous(), None), None, times, at)
 
 
-def _choose_providers(model: nn.Module, times: tuning.Times, exact_attention: bool) -> None:
+def _choose_providers(model: nn.Module, times: tuning.Times, bar: LateBar, exact_attention: bool) -> None:
     """Has the row operators and the attention of models on a GPU computed by whoever is fastest."""
     norms = [module for module in model.modules() if type(module) is nn.LayerNorm and module.weight is not None]
     known = {(norm.weight.numel(), norm.weight.dtype, norm.weight.device) for norm in norms}
+    roots = layers.pretrained_roots(model)
+    bar.expect(len(known) + len(roots))
     for width, dtype, device in sorted(known, key=str):
         if device.type == "cuda" and dtype in FLOATS:
             gpu_tuning.choose_providers(width, dtype, device, times)
-    for root in layers.pretrained_roots(model).values():
+        bar.step()
+    for root in roots.values():
+        bar.step()
         heads, width = (getattr(root.config, name, 0) for name in ("num_attention_heads", "hidden_size"))
         weight = next(root.parameters(), None)
         if not heads or weight is None or weight.device.type != "cuda":

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import __version__, ops
 from .formats.bsr import BsrWeight
 from .nn.sparse import DENSE, Form, pack_blocks
+from .progress import LateBar
 
 VERSION = 1
 # Rows at which forms are compared: a sentence, and a batch or a long text.
@@ -219,14 +220,14 @@ def choose(
     dense: Tensor | None = None
     for form, (density, _) in forms.items():
         at = "" if tuple(rows) == ROWS else f" at {','.join(map(str, rows))}"
-        key = f"{_kind(weight)} {form} {density:.2f}{at}"
-        share = times.get(key)
-        if share is None:
+
+        def measure(form: Form = form) -> float:
+            nonlocal dense
             dense = pack_dense() if dense is None else dense
             blocks = BsrWeight.from_dense(weight, (form.rows, form.columns))
-            share = _share(pack_blocks(blocks, form, scale, None), dense, n, k, rows)
-            times.put(key, share)
-        shares[str(form)] = share
+            return _share(pack_blocks(blocks, form, scale, None), dense, n, k, rows)
+
+        shares[str(form)] = times.share(f"{_kind(weight)} {form} {density:.2f}{at}", measure)
     return found_for(weight, fastest(list(forms), shares, measured=True))
 
 
@@ -298,14 +299,18 @@ def candidates(weight: Tensor) -> dict[Form, tuple[float, float]]:
 
 
 class Times:
-    """Measured shares of the dense kernel's time, kept in a file of this machine.
+    """Measured shares of one kernel's time in another's, kept in a file of this machine.
+
+    A context manager: what is new is written where it is left, also by Ctrl-C.
 
     Args:
         path: of the file; None: `bertkern` in the user's cache folder, or in BERTKERN_CACHE. A file that is damaged or
             of another machine is made anew, with a warning; one that cannot be written is done without.
+        bar: is told when something is measured.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, bar: LateBar | None = None) -> None:
+        self._bar = bar
         self.machine = machine()
         name = hashlib.sha256(json.dumps(self.machine, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(path) if path is not None else _cache() / f"times-{name}.json"
@@ -328,14 +333,21 @@ class Times:
         except _UNREADABLE as error:
             warnings.warn(f"bertkern: {self.path} is made anew: {error}", stacklevel=_CALLER)
 
-    def get(self, key: str) -> float | None:
-        """The share kept under `key`."""
-        return self._shares.get(key)
+    def __enter__(self) -> "Times":
+        return self
 
-    def put(self, key: str, share: float) -> None:
-        """Keeps a share; `save` writes it."""
-        self._shares[key] = share
-        self._new = True
+    def __exit__(self, *error: object) -> None:
+        self.save()
+
+    def share(self, key: str, measure: Callable[[], float]) -> float:
+        """The share kept under `key`; else what `measure` finds, which is kept from now on, and written by `save`."""
+        share = self._shares.get(key)
+        if share is None:
+            if self._bar is not None:
+                self._bar.begin()
+            share = self._shares[key] = measure()
+            self._new = True
+        return share
 
     def save(self) -> None:
         """Writes what is new."""

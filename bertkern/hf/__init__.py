@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from .. import mapped, plan
 from ..ragged import RaggedConfig
@@ -89,12 +90,13 @@ class BertkernQuantizer(HfQuantizer):
             # A float model like any other, but for what its config records.
             detach(model)
             return model
+        progress = logging.is_progress_bar_enabled()
         if not self.pre_quantized:
             model.is_quantized = False
-            return quantize_(model, config)
+            return quantize_(model, config, progress=progress)
         tie_loaded(model, self.__dict__.pop("_ties", {}))
         check_values(model)
-        accelerate(model)
+        accelerate(model, progress=progress)
         attach(model, config)
         choices = plan.choose(model, config)
         record_of(model).kept.update({choice.name: choice.reason for choice in choices if choice.action == "packed"})

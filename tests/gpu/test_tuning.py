@@ -92,13 +92,14 @@ def test_times_are_the_cards_and_not_the_hosts(monkeypatch):
 
 
 def test_the_fastest_form_is_taken_and_kept(tmp_path):
-    times = tuning.Times(tmp_path / "times.json")
+    began = []
+    times = tuning.Times(tmp_path / "times.json", bar=SimpleNamespace(begin=lambda: began.append(clock.calls)))
     w, clock = weight(32, 0.2), Clock(0.4)
     choice = gpu_tuning.choose(w, times, (8,), clock)
     assert choice.form in (Form("panels", 64, 64), Form("panels", 32, 32)) and choice.measured
     assert set(choice.shares.values()) == {0.4} and clock.calls == 4
     gpu_tuning.choose(w, times, (8,), clock)
-    assert clock.calls == 4, "looked up"
+    assert clock.calls == 4 and began == [0, 2], "looked up"
     assert gpu_tuning.choose(w, tuning.Times(tmp_path / "other.json"), (8,), Clock(1.1)).form == DENSE
     assert gpu_tuning.choose(torch.randn(256, 64), times, (8,), clock).form == DENSE
     assert gpu_tuning.choose(weight(32, 0.1), None).form.rows == 32

@@ -26,7 +26,7 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
 
     Args:
         model: trained after `prepare_qat`.
-        options: keep_padding, exact_attention, plan, measure and sample of `quantize_`.
+        options: keep_padding, exact_attention, plan, measure, sample and progress of `quantize_`.
 
     Raises:
         ValueError: before the first change: no prepared layer, static activations without a range yet, or a weight with
