@@ -1,6 +1,7 @@
 // Which dwords of K are summed together in 16 bits, and what is taken off weights where they go beyond (gemm.h).
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <numeric>
 
 #include "cpu/gemm/linear.h"
@@ -12,8 +13,10 @@ namespace {
 constexpr size_t kWaiting = 12;        // dwords that are tried with the next one: more find hardly better partners
 constexpr int64_t kMostFeatures = 16;  // that share a list
 
-// Of every feature: the sums of positive weights of both 16-bit lanes, then those of negative ones.
-using Sums = std::array<uint8_t, 4 * kMostFeatures>;
+// Sums of a dword's weights of one sign in one 16-bit lane, by feature: positive ones, then negative ones.
+struct Sums {
+  uint8_t of[4][kMostFeatures];
+};
 
 struct Correction {
   uint16_t dword;
@@ -28,23 +31,31 @@ Sums sums_of(const uint32_t* weights, int64_t features) {
     for (int64_t lane = 0; lane < 2; ++lane) {
       const int32_t w0 = weight_at(weights[f], 2 * lane), w1 = weight_at(weights[f], 2 * lane + 1);
       const int32_t positive = std::max(w0, 0) + std::max(w1, 0);
-      sums[static_cast<size_t>(2 * f + lane)] = static_cast<uint8_t>(positive);
-      sums[static_cast<size_t>(2 * (kMostFeatures + f) + lane)] = static_cast<uint8_t>(positive - w0 - w1);
+      sums.of[lane][f] = static_cast<uint8_t>(positive);
+      sums.of[2 + lane][f] = static_cast<uint8_t>(positive - w0 - w1);
     }
   return sums;
 }
 
-// Of each feature a bit: whether sums are out of bounds.
-uint32_t beyond(const Sums& a, const Sums& b) {
-  uint8_t over[4 * kMostFeatures];
-  for (size_t i = 0; i < a.size(); ++i) over[i] = a[i] + b[i] > kOrderBound;
-  uint32_t features = 0;
-  for (size_t f = 0; f < kMostFeatures; ++f) {
-    const uint8_t* const lanes = over + 2 * f;
-    const bool any = lanes[0] | lanes[1] | lanes[2 * kMostFeatures] | lanes[2 * kMostFeatures + 1];
-    features |= uint32_t{any} << f;
+// Of each feature whether sums of both are out of bounds; those of b are not. (Comparisons of bytes: this is most of
+// the time of packing.)
+struct Over {
+  uint8_t of[kMostFeatures];
+  bool any() const {
+    uint64_t words[kMostFeatures / 8], sum = 0;
+    std::memcpy(words, of, sizeof words);
+    for (const uint64_t word : words) sum |= word;
+    return sum != 0;
   }
-  return features;
+};
+Over beyond(const Sums& a, const Sums& b) {
+  Over over{};
+  for (int64_t i = 0; i < 4; ++i)
+    for (int64_t f = 0; f < kMostFeatures; ++f) {
+      const uint8_t room = static_cast<uint8_t>(kOrderBound - b.of[i][f]);
+      over.of[f] |= static_cast<uint8_t>(a.of[i][f] > room);
+    }
+  return over;
 }
 
 // One list of features.
@@ -52,27 +63,25 @@ class List {
  public:
   // weights: [kd][kPanel] dwords, of which the first `features` count.
   List(const uint32_t* weights, int64_t kd, int64_t features) : weights_(weights), kd_(kd), features_(features) {
-    std::vector<Waiting> waiting, all;
-    std::vector<uint16_t> pairs;
+    std::vector<uint16_t> waiting, all, pairs;
+    sums_.reserve(static_cast<size_t>(kd));
     for (int64_t d = 0; d < kd; ++d) {
-      const Waiting now{static_cast<uint16_t>(d), sums_of(weights + d * kPanel, features)};
-      const uint32_t alone = beyond(now.sums, Sums{});
-      if (alone)
-        pairs.push_back(now.dword), count(alone);
-      else
-        all.push_back(now);
+      sums_.push_back(sums_of(weights + d * kPanel, features));
+      const Over alone = beyond(sums_.back(), Sums{});
+      (alone.any() ? pairs : all).push_back(static_cast<uint16_t>(d));
+      count(alone);
     }
     most_ = *std::max_element(counts_.begin(), counts_.end());
-    for (const Waiting& now : all) {
+    for (const uint16_t d : all) {
       const auto partner = std::find_if(waiting.begin(), waiting.end(),
-                                        [&](const Waiting& other) { return beyond(other.sums, now.sums) == 0; });
+                                        [&](uint16_t other) { return !beyond(sums_[other], sums_[d]).any(); });
       if (partner != waiting.end()) {
-        dwords_.insert(dwords_.end(), {partner->dword, now.dword});
+        dwords_.insert(dwords_.end(), {*partner, d});
         waiting.erase(partner);
         continue;
       }
       if (waiting.size() == kWaiting) settle(waiting, pairs);
-      waiting.push_back(now);
+      waiting.push_back(d);
     }
     while (!waiting.empty()) settle(waiting, pairs);
     fours_ = dwords_.size();
@@ -85,10 +94,15 @@ class List {
     const size_t first = out.weights.size(), features = static_cast<size_t>(features_);
     for (const uint16_t d : dwords_) out.weights.insert(out.weights.end(), row(d), row(d) + features_);
     uint32_t* const at = out.weights.data() + first;
-    for (size_t i = 0; i < dwords_.size(); i += i < fours_ ? 2 : 1)
-      for (size_t f = 0; f < features; ++f)
-        bound(f, dwords_[i], at + i * features + f, i < fours_ ? dwords_[i + 1] : 0,
-              i < fours_ ? at + (i + 1) * features + f : nullptr);
+    for (size_t i = 0; i < dwords_.size(); i += i < fours_ ? 2 : 1) {
+      const bool four = i < fours_;
+      const Over over = beyond(sums_[dwords_[i]], four ? sums_[dwords_[i + 1]] : Sums{});
+      for (size_t f = 0; f < features && over.any(); ++f) {
+        if (!over.of[f]) continue;
+        uint32_t* const weights = at + i * features + f;
+        bound(f, dwords_[i], weights, four ? dwords_[i + 1] : 0, four ? weights + features : nullptr);
+      }
+    }
     size_t steps = 0;
     for (const auto& corrections : corrections_) steps = std::max(steps, corrections.size());
     out.index.insert(out.index.end(), dwords_.begin(), dwords_.end());
@@ -103,35 +117,30 @@ class List {
   }
 
  private:
-  struct Waiting {
-    uint16_t dword;
-    Sums sums;
-  };
-
-  void count(uint32_t features) {
-    for (size_t f = 0; f < kMostFeatures; ++f) counts_[f] += features >> f & 1;
+  void count(const Over& over) {
+    for (size_t f = 0; f < kMostFeatures; ++f) counts_[f] += over.of[f];
   }
   // Whether more of these features' weights can be corrected without another step.
-  bool idle(uint32_t features) const {
+  bool idle(const Over& over) const {
     for (size_t f = 0; f < kMostFeatures; ++f)
-      if ((features >> f & 1) && counts_[f] >= most_) return false;
+      if (over.of[f] && counts_[f] >= most_) return false;
     return true;
   }
 
   // The one that waits longest goes with the best of the others, or alone.
-  void settle(std::vector<Waiting>& waiting, std::vector<uint16_t>& pairs) {
-    const Waiting oldest = waiting.front();
+  void settle(std::vector<uint16_t>& waiting, std::vector<uint16_t>& pairs) {
+    const uint16_t oldest = waiting.front();
     waiting.erase(waiting.begin());
     int least = kMostFeatures + 1;
     auto best = waiting.end();
     for (auto other = waiting.begin(); other != waiting.end(); ++other) {
-      const uint32_t features = beyond(oldest.sums, other->sums);
-      const int bits = __builtin_popcount(features);
-      if (bits < least && idle(features)) least = bits, best = other;
+      const Over over = beyond(sums_[oldest], sums_[*other]);
+      const int features = std::accumulate(over.of, over.of + kMostFeatures, 0);
+      if (features < least && idle(over)) least = features, best = other;
     }
-    if (best == waiting.end()) return pairs.push_back(oldest.dword);
-    count(beyond(oldest.sums, best->sums));
-    dwords_.insert(dwords_.end(), {oldest.dword, best->dword});
+    if (best == waiting.end()) return pairs.push_back(oldest);
+    count(beyond(sums_[oldest], sums_[*best]));
+    dwords_.insert(dwords_.end(), {oldest, *best});
     waiting.erase(best);
   }
 
@@ -177,6 +186,7 @@ class List {
 
   const uint32_t* weights_;
   const int64_t kd_, features_;
+  std::vector<Sums> sums_;  // of each dword
   std::vector<uint16_t> dwords_;
   size_t fours_ = 0;
   std::array<int, kMostFeatures> counts_{};  // of the features' corrections, as foreseen
@@ -196,7 +206,7 @@ bool order_weights(LinearHeader& header, const void* weight, OrderedWeights& out
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t kd = dword_count(kind, header.k), ordered = tile_kernels(kind).ordered;
   if (ordered == 0 || kd > kMostOrdered) return false;
-  std::vector<uint32_t> panel(static_cast<size_t>(kd * kPanel));
+  std::vector<uint32_t> panel(static_cast<size_t>((kd + 1) * kPanel));  // K may be 0
   const int64_t panels = (header.n + kPanel - 1) / kPanel;
   out.weights.reserve(static_cast<size_t>(panels * kd * kPanel * 5 / 4));
   out.index.reserve(static_cast<size_t>(panels * kd * kPanel / ordered * 5 / 4));
