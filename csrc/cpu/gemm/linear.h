@@ -104,6 +104,16 @@ struct Linear {
   const uint32_t* column = nullptr;  // null: outputs stand in order
 };
 
+// Whether rows bring the sums of their codes, and whether sums of products change scale along K.
+inline bool sums_of_rows(const Linear& linear) {
+  return linear.layout == Layout::grouped && linear.kind == WeightKind::s8;
+}
+inline bool scaled_along_k(const Linear& linear) { return sums_of_rows(linear) && linear.along_k; }
+// Whether all tiles take lists that the weights were packed with.
+inline bool in_lists(const Linear& linear) {
+  return linear.ordered > 0 && linear.ordered == tile_kernels(linear.kind).ordered;
+}
+
 int64_t dword_count(WeightKind kind, int64_t k);
 int64_t dense_dwords(WeightKind kind, int64_t n, int64_t k);  // weight_dwords of Layout::dense
 int64_t packed_bytes(const LinearHeader& header);
