@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on(scored, tmp_path):
 
 
 def test_a_killed_run_goes_on_and_what_is_finished_is_shown(scored, tmp_path):
-    with pytest.raises(ValueError, match=r"finished: expected rows of an earlier run in .*qbert. Got none"):
+    with pytest.raises(ValueError, match=r"finished: expected rows of an earlier run in .*rows.jsonl. Got none"):
         qbert.run(only=["STS-B 4n128"], finished=True, threads=1)
     qbert.run(only=["STS-B 4n128 m"], threads=1)
     path = tmp_path / "bertkern" / "qbert" / "rows.jsonl"
