@@ -24,7 +24,7 @@ from typing import Any
 from . import peak
 from .encoder import Case, parse_shapes
 from .harness import Python, Samples, Spec, Worker, counted, ratio, take_turns
-from .opening import Probe, expect_known, open_reference, precision, start, verified
+from .opening import Probe, expect_known, of_dtypes, open_reference, precision, start, verified
 from .options import count, parse_names, parse_specs
 from .results import Run
 
@@ -41,7 +41,7 @@ def kept_heads(pattern: str, heads: int) -> tuple[int, bool]:
     if not pattern:
         return heads, False
     number = pattern.removeprefix(MASK)
-    if not number.isdigit() or not 1 <= int(number) <= heads:
+    if not number.isdecimal() or not 1 <= int(number) <= heads:
         raise ValueError(f"kept: expected heads from 1 to {heads}, like 6 or mask6. Got {pattern!r}.")
     return int(number), pattern.startswith(MASK)
 
@@ -83,7 +83,7 @@ def run(
     expect_known(specs, "attention")
     if kept is None:
         kept = [text for text in KEPT.split(",") if int(text.removeprefix(MASK)) < heads]
-    specs = [spec for spec in specs if precision(spec) in dtypes]
+    specs = of_dtypes(specs, dtypes)
     fewer = [f"{spec}:{text}" for spec in specs for text in kept if _ours(spec) and not Spec.parse(spec).pattern]
     specs = list(dict.fromkeys([*specs, *fewer]))
     left = {spec: kept_heads(Spec.parse(spec).pattern, heads) for spec in specs}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import peak
-from .harness import Python, Samples, Worker, WorkerError, take_turns
+from .harness import Python, Samples, Spec, Worker, WorkerError, take_turns
 from .opening import check, precision, start
 from .results import Run
 
@@ -26,7 +26,7 @@ def parse_layers(text: str) -> list[tuple[int, int]]:
     layers = []
     for part in text.split(","):
         n, _, k = part.strip().partition("x")
-        if not (n.isdigit() and k.isdigit() and int(n) and int(k)):
+        if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
             raise ValueError(f"layer: expected OUTxIN, like 3072x768. Got {part!r}.")
         layers.append((int(n), int(k)))
     return layers
@@ -124,8 +124,11 @@ def open_sweep(
     report: Callable[[str], None],
 ) -> Iterator[Sweep]:
     """Starts the reference and the providers of a family, one process each, and ends them; arguments as of
-    `encoder.run`, `name` that of the run.
+    `encoder.run`, `name` that of the run. Raises ValueError for a spec with a pattern, which is of models.
     """
+    for spec in specs:
+        if Spec.parse(spec).pattern:
+            raise ValueError(f"engine: expected a name without a pattern. Got {spec!r}: here zeros are swept apart.")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         reference = stack.enter_context(Worker(REFERENCE, 1, python))

@@ -61,6 +61,16 @@ def expect_known(specs: Iterable[str], family: str) -> None:
             raise ValueError(f"engine: expected one of {', '.join(engines.FAMILIES[family])}. Got {name!r}.")
 
 
+def of_dtypes(specs: Iterable[str], dtypes: Sequence[str]) -> list[str]:
+    """The specs of these precisions; raises ValueError where none is."""
+    found = {spec: precision(spec) for spec in specs}
+    left = [spec for spec, dtype in found.items() if dtype in dtypes]
+    if not left:
+        others = ", ".join(f"{spec} ({dtype})" for spec, dtype in found.items())
+        raise ValueError(f"engines: expected one at least of the dtypes {', '.join(dtypes)}. Got {others}.")
+    return left
+
+
 def precision(spec: str) -> str:
     """fp32, bf16 or int8, of an engine or a linear layer's provider; one name has one precision."""
     name = Spec.parse(spec).name

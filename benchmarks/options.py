@@ -9,7 +9,7 @@ def count(what: str) -> Callable[[str], int]:
     """A reader of one whole number of at least 1."""
 
     def read(text: str) -> int:
-        if not text.strip().isdigit() or not int(text):
+        if not text.strip().isdecimal() or not int(text):
             raise ValueError(f"{what}: expected a whole number of at least 1. Got {text!r}.")
         return int(text)
 

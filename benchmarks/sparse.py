@@ -29,7 +29,7 @@ from .one_layer import (
     parse_layers,
     settings,
 )
-from .opening import expect_known, precision
+from .opening import expect_known, of_dtypes, precision
 from .options import counts, parse_names, parse_specs
 from .patterns import Pattern, parse_blocks, parse_zeros
 from .results import Row, Run
@@ -103,7 +103,7 @@ def run(
     """
     specs = specs or tuple(engines.SPARSES)
     expect_known(specs, "sparse")
-    specs = [spec for spec in specs if precision(spec) in dtypes]
+    specs = of_dtypes(specs, dtypes)
     cold = 2 * last_level_cache() if cold is None else cold
     cases = [Case(m, n, k, Pattern(b, z)) for m in rows for n, k in layers for b in blocks for z in zeros]
 

@@ -75,7 +75,8 @@ def test_no_command_is_a_usage_error(capsys):
         (("bench", "encoder", "--rows", "1"), "--rows belongs to another benchmark"),
         (("bench", "memory", "--engines", "torch-fp32"), "--engines belongs to another benchmark"),
         (("bench", "--threads", "none"), "expected a whole number of at least 1. Got 'none'"),
-        (("inspect", "."), "MODEL: expected a folder with a config.json. Got ."),
+        (("inspect", "."), "MODEL: expected a folder with a config.json. Got ., which has none."),
+        (("inspect", "setup.py"), "MODEL: expected a folder with a config.json. Got setup.py, which is a file."),
         (
             ("inspect", "./no/such/folder"),
             "MODEL: expected a folder with a config.json. Got ./no/such/folder, which does",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import UsageError, add_command, news
-from .measuring import benchmarks, progress, save, timing_arguments
+from .measuring import benchmarks, check_targets, progress, save, timing_arguments
 
 BENCHMARKS = (
     "encoder",
@@ -153,6 +153,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in OPTIONS:
         if getattr(arguments, name) and name not in module.OPTIONS:
             raise UsageError(f"bench {what}: --{name.replace('_', '-')} belongs to another benchmark.")
+    rows = Path(arguments.json) if arguments.json and arguments.json != "-" else None
+    check_targets(arguments.out, arguments.plot, rows, arguments.name or "")
     if "threads" in inspect.signature(module.run).parameters:
         options["threads"] = arguments.threads
     try:
@@ -170,7 +172,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(measured.as_dict(), indent=1))
     else:
         benchmarks("tables").show(measured)
-    if arguments.json and arguments.json != "-":
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(measured.as_dict(), indent=1) + "\n")
+    if rows is not None:
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_text(json.dumps(measured.as_dict(), indent=1) + "\n")
     save(measured, arguments.out, arguments.plot)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import add_command, news
-from .measuring import benchmarks, progress, save, timing_arguments
+from .measuring import benchmarks, check_targets, progress, save, timing_arguments
 
 
 def add(commands: Any) -> None:
@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the demo; see benchmarks/demo.py."""
+    check_targets(arguments.out)
     module = benchmarks("demo")
     with progress() as tick:
         measured = module.run(arguments.engines.split(","), arguments.threads, arguments.rounds, report=news, tick=tick)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import news
+from .common import UsageError, news
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -26,9 +27,40 @@ def timing_arguments(sub: argparse.ArgumentParser, rounds: int | None) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1. Got {text!r}.")
     return int(text)
+
+
+# What `--plot` can be written as.
+DRAWN = (".png", ".svg", ".pdf")
+
+
+def check_targets(folder: Path | None, plot: Path | None = None, rows: Path | None = None, name: str = "") -> None:
+    """Raises UsageError where results could not be written, which is better known before they are measured.
+
+    Args:
+        folder, plot: of `save`.
+        rows: of --json, a file.
+        name: of --name.
+    """
+    for option, file in (("--plot", plot), ("--json", rows)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option}: expected a file. Got the folder {str(file)!r}.")
+    if plot is not None and plot.suffix.lower() not in DRAWN:
+        raise UsageError(f"--plot: expected a name that ends in {', '.join(DRAWN)}. Got {plot}.")
+    if name != Path(name).name:
+        raise UsageError(f"--name: expected a part of a file's name. Got {name!r}.")
+    for option, place in (("--out", folder), ("--plot", plot and plot.parent), ("--json", rows and rows.parent)):
+        if place is None:
+            continue
+        there = next(above for above in (place, *place.absolute().parents) if above.exists())
+        if not there.is_dir():
+            raise UsageError(f"{option}: expected a folder. Got the file {there}.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UsageError(f"{option}: expected a folder to write into. Got {there}.")
+    if (folder or plot) and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("plots need matplotlib. Run: pip install matplotlib")
 
 
 def save(run: Any, folder: Path | None, plot: Path | None) -> None:

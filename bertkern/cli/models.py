@@ -56,7 +56,7 @@ def load_model(name: str) -> Any:
     path = Path(name).expanduser()
     local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if local and not (path / "config.json").is_file():
-        got = name if path.exists() else f"{name}, which does not exist"
+        got = f"{name}, which {'has none' if path.is_dir() else 'is a file' if path.exists() else 'does not exist'}"
         raise UsageError(f"MODEL: expected a folder with a config.json. Got {got}.")
     import transformers
 

@@ -108,14 +108,14 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 def _block(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
-    if not (rows.isdigit() and columns.isdigit()):
+    if not (rows.isdecimal() and columns.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS, such as 16x4. Got {text!r}.")
     return int(rows), int(columns)
 
 
 def _n_of_m(text: str) -> tuple[int, int]:
     n, _, m = text.partition(":")
-    if not (n.isdigit() and m.isdigit()):
+    if not (n.isdecimal() and m.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected N:M, such as 2:4. Got {text!r}.")
     return int(n), int(m)
 

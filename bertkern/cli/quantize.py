@@ -196,14 +196,14 @@ def config_of(arguments: argparse.Namespace) -> Any:
 
 def _choices(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"expected BITS,..., such as 2,4. Got {text!r}.")
     return tuple(map(int, parts))
 
 
 def _layer_bits(text: str) -> tuple[str, int | tuple[int, ...]]:
     pattern, _, bits = text.rpartition("=")
-    widths = tuple(int(width) for width in bits.split(",") if width.isdigit())
+    widths = tuple(int(width) for width in bits.split(",") if width.isdecimal())
     if not pattern or len(widths) != bits.count(",") + 1:
         raise argparse.ArgumentTypeError(f"expected PATTERN=BITS, such as layer.0.*=3. Got {text!r}.")
     return pattern, widths if "," in bits else widths[0]

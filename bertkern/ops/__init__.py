@@ -102,7 +102,7 @@ def pack_sparse_linear(
     Raises:
         RuntimeError: an index out of range, unsorted or of a wrong length, codes without a scale, or what
             `pack_qlinear` refuses.
-        ValueError: weight is of another type, or there is no such form.
+        ValueError: weight is of another type, its shape is no pair of sizes, or there is no such form.
 
     Example:
         >>> weight = torch.zeros(64, 48).index_fill_(0, torch.arange(16, 32), 1.0)
@@ -115,6 +115,8 @@ def pack_sparse_linear(
     if not isinstance(weight, (BsrWeight, CsrWeight)):
         got = type(weight).__name__
         raise ValueError(f"pack_sparse_linear: expected weight to be a BsrWeight or a CsrWeight. Got {got}.")
+    if len(weight.shape) != 2 or not all(isinstance(size, int) for size in weight.shape):
+        raise ValueError(f"pack_sparse_linear: expected shape to be two sizes (N, K). Got {weight.shape}.")
     if form not in FORMS:
         raise ValueError(f"pack_sparse_linear: expected form to be one of {', '.join(FORMS)}. Got {form!r}.")
     values = weight.values

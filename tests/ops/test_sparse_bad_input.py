@@ -158,6 +158,9 @@ def test_what_a_person_calls():
         with pytest.raises(ValueError, match=r"expected form to be one of auto, panels, tokens. Got"):
             ops.pack_sparse_linear(BLOCKS, form=form)
     csr = CsrWeight.from_dense(WEIGHT)
+    for shape in ((), (8,), (8, 8, 8), (8.0, 8), ("8", 8)):
+        with pytest.raises(ValueError, match=r"pack_sparse_linear: expected shape to be two sizes \(N, K\)\. Got"):
+            ops.pack_sparse_linear(replace(csr, shape=shape))
     for values in (csr.values[None], csr.values[:, None], torch.tensor(1.0)):
         with pytest.raises(RuntimeError, match=r"expected (values|col) of shape"):
             ops.pack_sparse_linear(replace(csr, values=values))
