@@ -186,7 +186,7 @@ def _share_of_twin(
     timer: Timer,
 ) -> None:  # fmt: skip
     """Has `op` computed by the CUDA kernel where its calls are faster than Triton's, all together."""
-    if providers.CUDA not in providers.available(op):
+    if providers.CUDA not in providers.available(op, device):
         return
 
     def measure() -> float:

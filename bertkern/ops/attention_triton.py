@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _cuda, _triton
+from .. import _triton
 from .arguments import explained
 from .block_sparse import FLOATS, _expect, _tensor_cores
+from .providers import lacking
 
 OP = "attention_cuda"
 # Who may be asked to compute, as the operators count them. By "auto" Triton does, as long as no card has measured that
@@ -204,16 +205,11 @@ def _triton_for(q: Tensor) -> ModuleType | None:
 # --- the CUDA kernel -----------------------------------------------------------------------------------------------
 
 
-def _lacking(device: torch.device) -> str | None:
-    """Why the compiled library does not run there, or None where it does."""
-    return _cuda.missing(torch.cuda.get_device_capability(device))
-
-
 def _cuda_fits(q: Tensor, scale: float) -> bool:
     """Whether the compiled library's kernel takes such tensors, and runs on their device."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or not 0 < q.shape[2] <= 128:
         return False
-    return 0 < scale < float("inf") and _tensor_cores(q.device) and _lacking(q.device) is None
+    return 0 < scale < float("inf") and _tensor_cores(q.device) and lacking(q.device) is None
 
 
 def _cuda_forward(

@@ -1,8 +1,9 @@
 """Which kernels run a sparse or low-bit linear layer on a GPU: Triton's (kernels/) or the CUDA library's (csrc/cuda).
 
-A call asks its own `provider`, then $BERTKERN_GPU_PROVIDER, then the operator's table below, by the call's shape. Where
-the CUDA library is not loaded, lacks the card's architecture, or the operands do not fit its kernels, Triton's run, and
-a warning says once why, if CUDA was asked for.
+Chosen at each call, by rules; what is chosen by measurement stands in providers.py. A call asks its own `provider`,
+then $BERTKERN_GPU_PROVIDER, then the operator's table below, by the call's shape. Where the CUDA library is not loaded,
+lacks the card's architecture, or the operands do not fit its kernels, Triton's run, and a warning says once why, if
+CUDA was asked for.
 
     auto       as the table says
     triton     Triton's
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from .providers import lacking
 
 VARIABLE = "BERTKERN_GPU_PROVIDER"
 NAMES = ("auto", "triton", "cuda", "cuda-few")
@@ -93,11 +94,6 @@ def _say(op: str, reason: str) -> None:
     warnings.warn(f"{op}: its CUDA kernels were asked for and do not run: {reason}. Triton's do.", stacklevel=4)
 
 
-@functools.cache
-def _lacking(device: torch.device) -> str | None:
-    return _cuda.missing(torch.cuda.get_device_capability(device))
-
-
 def by_cuda(op: str, table: Table, provider: int, x: Tensor, misfit: str | None, side: int = 0) -> bool:
     """Whether the CUDA library's kernels run a call.
 
@@ -120,7 +116,7 @@ def by_cuda(op: str, table: Table, provider: int, x: Tensor, misfit: str | None,
             return False
     elif provider == CUDA_FEW and rows > table.few:
         return False
-    reason = misfit or _lacking(x.device)
+    reason = misfit or lacking(x.device)
     if reason is not None and provider != AUTO:
         _say(op, reason)
     return reason is None

@@ -248,7 +248,7 @@ def card():
     """A card and the library for it."""
     from bertkern.ops import attention_triton
 
-    lacking = attention_triton._lacking(torch.device("cuda"))
+    lacking = attention_triton.lacking(torch.device("cuda"))
     if lacking is not None:
         pytest.skip(f"needs bertkern's CUDA library: {lacking}")
     return attention_triton.attention_cuda

@@ -140,21 +140,39 @@ def test_a_model_with_zeros_runs_in_the_chosen_form(on_gpu, monkeypatch, tmp_pat
 
 def test_providers(monkeypatch):
     device = torch.device("cpu")
-    assert providers.available("gather_rows_cuda") == (providers.TRITON, providers.TORCH)
+    assert providers.available("gather_rows_cuda", device) == (providers.TRITON, providers.TORCH)
     with pytest.raises(ValueError, match=r"expected a provider of quantize_rows_cuda, .* Got 'other'\."):
         providers.prefer("quantize_rows_cuda", device, 8, "other")
-    monkeypatch.setattr(providers, "available", lambda op: (providers.TRITON, providers.CUDA, providers.TORCH))
+    monkeypatch.setattr(providers, "available", lambda op, device: (providers.TRITON, providers.CUDA, providers.TORCH))
     with providers.preferred("quantize_rows_cuda", device, 8, providers.CUDA):
         assert providers.provider("quantize_rows_cuda", device, 8) == providers.CUDA
         assert providers.provider("quantize_rows_cuda", device, 9) == providers.TRITON
     assert providers.provider("quantize_rows_cuda", device, 8) == providers.TRITON
 
 
+def test_a_library_without_code_for_the_card_is_no_provider(monkeypatch, tmp_path):
+    """Its operators are registered all the same; measured, they would fail."""
+    card, why = torch.device("cuda", 0), [None]
+    registered = SimpleNamespace(**dict.fromkeys(providers.TWINS.values()))
+    fake = SimpleNamespace(
+        ops=SimpleNamespace(bertkern=registered),
+        _C=SimpleNamespace(_dispatch_has_kernel_for_dispatch_key=lambda *_: True),
+    )
+    monkeypatch.setattr(providers, "torch", fake)
+    monkeypatch.setattr(providers, "lacking", lambda device: why[0])
+    assert all(providers.CUDA in providers.available(op, card) for op in providers.TWINS)
+    assert providers.available("gather_rows_cuda", card) == (providers.TRITON, providers.TORCH)
+    why[0] = "the build has no code for compute capability 8.0 (90)"
+    assert not any(providers.CUDA in providers.available(op, card) for op in providers.TWINS)
+    times = tuning.Times(tmp_path / "times.json")
+    gpu_tuning.choose_providers(8, torch.float32, torch.device("cpu"), times, lambda run: pytest.fail("measured"))
+
+
 @pytest.mark.parametrize(("cuda", "chosen"), [(0.5, providers.CUDA), (1.5, providers.TRITON)])
 def test_the_faster_provider_is_taken(monkeypatch, tmp_path, cuda, chosen):
     device = torch.device("cpu")
     monkeypatch.setattr(providers, "_chosen", {})
-    monkeypatch.setattr(providers, "available", lambda op: (providers.TRITON, providers.CUDA, providers.TORCH))
+    monkeypatch.setattr(providers, "available", lambda op, device: (providers.TRITON, providers.CUDA, providers.TORCH))
 
     times = tuning.Times(tmp_path / "times.json")
     took = iter([1.0, cuda] * 4)
@@ -170,7 +188,7 @@ def test_the_faster_provider_is_taken(monkeypatch, tmp_path, cuda, chosen):
 def test_the_faster_attention_is_taken(monkeypatch, tmp_path, cuda, chosen):
     device, op = torch.device("cpu"), "attention_packed_cuda"
     monkeypatch.setattr(providers, "_chosen", {})
-    monkeypatch.setattr(providers, "available", lambda op: (providers.TRITON, providers.CUDA, providers.TORCH))
+    monkeypatch.setattr(providers, "available", lambda op, device: (providers.TRITON, providers.CUDA, providers.TORCH))
     times, took = tuning.Times(tmp_path / "times.json"), iter([1.0, cuda] * len(gpu_tuning.SEQUENCES))
     gpu_tuning.choose_attention(2, 8, torch.bfloat16, device, times, lambda run: (run(), next(took))[1])
     assert providers.provider(op, device, (8, torch.bfloat16)) == chosen

@@ -193,7 +193,7 @@ def test_who_computes(monkeypatch, triton, library, d, dtype, scale, taken):
 
     monkeypatch.setattr(attention_triton, "_tensor_cores", lambda device: True)
     monkeypatch.setattr(attention_triton, "_kernels", lambda: Kernels if triton else None)
-    monkeypatch.setattr(attention_triton, "_lacking", lambda device: None if library else "not built")
+    monkeypatch.setattr(attention_triton, "lacking", lambda device: None if library else "not built")
     q, by = Pretending(d, dtype), attention_triton.provider
     by_triton, by_cuda = triton and d <= 128, library and taken
     assert by(q, scale) == ("triton" if by_triton else "cuda" if by_cuda else "torch")

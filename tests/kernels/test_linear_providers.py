@@ -27,7 +27,7 @@ class OnCard:
 def library(monkeypatch):
     """The CUDA library as if it were there; `library[0]` is why it is not."""
     why = [None]
-    monkeypatch.setattr(linear_providers, "_lacking", lambda device: why[0])
+    monkeypatch.setattr(linear_providers, "lacking", lambda device: why[0])
     monkeypatch.delenv(linear_providers.VARIABLE, raising=False)
     linear_providers._say.cache_clear()
     yield why
