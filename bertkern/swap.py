@@ -40,6 +40,9 @@ def accelerate(
     operator. Zeros are skipped: dead heads and feed-forward units are removed, and weights with enough zeros for it run
     in the sparse form that is fastest on this machine, which `report` names. Undo with `restore`.
 
+    The state dict, and so what `save_pretrained` writes, stays that of the whole dense model; `bertkern.save_blocks`
+    writes its nonzero blocks instead.
+
     Args:
         model: any module; transformers models inside are found.
         sample: an input of the size that will be usual, as a tensor, a tuple of arguments or a mapping of keywords:

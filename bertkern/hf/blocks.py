@@ -26,7 +26,7 @@ def save_blocks(model: nn.Module, folder: str | os.PathLike[str], **options: Any
 
     Weights whose blocks would not make the file smaller stay dense. What was removed by `accelerate` is in the files,
     as everything that `save_pretrained` writes. With `import bertkern`, `from_pretrained` loads them as the plain dense
-    model, values bit for bit; `accelerate` then makes it fast again.
+    model, values bit for bit, zeros without a sign; `accelerate` then makes it fast again.
 
     Args:
         model: of transformers; accelerated or not, it is left as it is.
