@@ -20,8 +20,8 @@ BK_DEVICE float tanh_approx(float x) {
 // x / (1 + e^-t)
 BK_DEVICE float gated(float x, float t) { return div_full(x, 1.0f + exp_approx(-t)); }
 
-// x of N numbers in place; the branch is taken once for all of them. NaN stays NaN. erff is CUDA's, within 2 units in the
-// last place; the others' errors stay below 1e-6 of max(1, |x|).
+// x of N numbers in place; the branch is taken once for all of them. NaN stays NaN. erff is CUDA's, within 2 units in
+// the last place; the others' errors stay below 1e-6 of max(1, |x|).
 template <int N>
 BK_DEVICE void activate(float (&x)[N], Activation activation) {
   switch (activation) {
@@ -32,8 +32,8 @@ BK_DEVICE void activate(float (&x)[N], Activation activation) {
     case Activation::gelu_tanh:
       BK_UNROLL
       for (int i = 0; i < N; ++i)
-        x[i] = gated(x[i], x[i] * fma_rn(x[i] * x[i], 2.0f * 0.79788456080286536f * 0.044715f,
-                                         2.0f * 0.79788456080286536f));
+        x[i] = gated(x[i],
+                     x[i] * fma_rn(x[i] * x[i], 2.0f * 0.79788456080286536f * 0.044715f, 2.0f * 0.79788456080286536f));
       break;
     case Activation::relu:
       BK_UNROLL

@@ -43,7 +43,7 @@ BK_DEVICE void load8(const void* p, int64_t i, Type type, int count, float (&x)[
     BK_UNROLL
     for (int e = 0; e < 8; ++e)
       x[e] = type == Type::f16 ? to_float(unpack2<__half>(pairs[e / 2], e % 2))
-                                : to_float(unpack2<__nv_bfloat16>(pairs[e / 2], e % 2));
+                               : to_float(unpack2<__nv_bfloat16>(pairs[e / 2], e % 2));
     return;
   }
   BK_UNROLL

@@ -196,9 +196,7 @@ float quantize_range(const float* x, int64_t n, uint8_t* out, int32_t* zero_poin
   float lanes[kWidth];
   vstore(lanes, vmin(vround(vmul(vset(-lo), inverse)), vset(255.0f)));
   const vf zero = vset(lanes[0]), last = vset(255.0f), first = vset(0.0f);
-  const auto codes = [&](vf y) {
-    return round_to_int(vmin(vmax(vadd(vround(vmul(y, inverse)), zero), first), last));
-  };
+  const auto codes = [&](vf y) { return round_to_int(vmin(vmax(vadd(vround(vmul(y, inverse)), zero), first), last)); };
   for (i = 0; i + kWidth <= n; i += kWidth) vstore_u8_n(out + i, codes(vload(x + i)), kWidth);
   if (i < n) vstore_u8_n(out + i, codes(vload_n(x + i, n - i)), n - i);
   *zero_point = static_cast<int32_t>(lanes[0]);
@@ -300,7 +298,8 @@ void epilogue(const float* tile, int mr, int64_t columns, const Epilogue& e) {
 }
 
 constexpr RowKernels make_row_kernels() {
-  return {load_row, store_row, quantize_row, quantize_range, flip_row, layer_norm_row, add_scaled_row, epilogue, transpose};
+  return {load_row,       store_row,      quantize_row, quantize_range, flip_row,
+          layer_norm_row, add_scaled_row, epilogue,     transpose};
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ struct AttentionParams {
   int64_t factors_b, factors_h;
   const void* bias;                // by sequence, original head, query; keys side by side; or null
   int64_t bias_b, bias_h, bias_q;  // 0 where one is for all
-  Type type, bias_type;  // f32: of a bias alone
+  Type type, bias_type;            // f32: of a bias alone
   int32_t tokens, heads, sequences, max_length, head_dim;  // head_dim 1 .. 128
   int32_t causal;
   float scale;     // above 0

@@ -45,11 +45,11 @@ struct BlockSparse {
   const void* residual;  // [tokens][residual_stride] or null
   void* y;               // [tokens][y_stride]
   // Of int8 operands alone.
-  const float* x_scale;                         // [tokens]
-  const int* x_zero;                            // [tokens] or null: 0
-  const float* weight_scale;                    // [n]
-  const int* column_sum;                        // [n], beside x_zero
-  const int* live;  // how many of the tokens are there; the others' results are not written; null: all
+  const float* x_scale;       // [tokens]
+  const int* x_zero;          // [tokens] or null: 0
+  const float* weight_scale;  // [n]
+  const int* column_sum;      // [n], beside x_zero
+  const int* live;            // how many of the tokens are there; the others' results are not written; null: all
   int64_t x_stride, residual_stride, y_stride;  // elements
   int tokens, n, k, block_rows, block_columns;
   Operand operand;
