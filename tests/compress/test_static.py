@@ -260,7 +260,7 @@ FEATURES = torch.ones(2, 4)
         (None, SIGNED, FEATURES, {"speed": 1}, TypeError, "expected options .*, or fields of Int8Config .* Got speed"),
         (None, bk.Int8Config(), None, {"keep_original": True}, TypeError, "fields of Int8Config .* Got keep_original"),
         (None, SIGNED, bk.Calibration(), {}, ValueError, r"expected calibration to hold a range of .*query. Got none"),
-        (None, SIGNED, bk.Calibration(), {"progress": False}, TypeError, "expected progress only with batches"),
+        (None, SIGNED, bk.Calibration(), {"batch_size": 4}, TypeError, "expected batch_size only with batches"),
         (_HalfUsed, SIGNED, FEATURES, {}, ValueError, "expected the batches to reach idle. Got none that does"),
         (_HalfUsed, SIGNED, FEATURES * float("nan"), {}, ValueError, "the input of used to be finite. Got Inf or NaN"),
         (_HalfUsed, SIGNED, FEATURES * 0, {}, ValueError, "Got none that does|Got only zeros"),
