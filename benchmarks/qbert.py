@@ -137,7 +137,7 @@ def run(
     Returns: rows with metrics spearman or accuracy, size_mb, and of STS-B sentences_s and ratio.
 
     Raises:
-        ValueError: no row holds a text of `only`, or none is finished.
+        ValueError: no row holds a text of `only`, none is finished, or `kept_rows` is no such file.
     """
     wanted = [case for case in cases(quick) if only is None or any(text in str(case) for text in only)]
     if not wanted:
@@ -149,7 +149,12 @@ def run(
     cache = fetch.cache_dir() / "qbert"
     cache.mkdir(parents=True, exist_ok=True)
     place = kept_rows or cache / "rows.jsonl"
-    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_dir():
+        raise ValueError(f"kept_rows: expected a file. Got the folder {str(place)!r}.")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"kept_rows: expected a folder to write into. Got {place.parent}: {error.strerror}.") from None
     rows, before = Kept(place), torch.get_num_threads()
     left = [case for case in wanted if case not in rows]
     if finished:
@@ -185,6 +190,8 @@ class Kept:
             # The last line may be half of one where a run was killed.
             with suppress(json.JSONDecodeError):
                 row = json.loads(line)
+                if not isinstance(row, dict) or not {"key", "score", "size_mb", "average_bits", "metric"} <= row.keys():
+                    raise ValueError(f"kept_rows: expected rows of this benchmark in {path}. Got {line[:60]!r}.")
                 self._rows[row["key"]] = row
 
     def __contains__(self, case: Case) -> bool:

@@ -101,6 +101,19 @@ def test_rows_may_be_kept_in_a_file_that_travels(scored, tmp_path):
         qbert.run(only=["STS-B 4n128"], finished=True, threads=1)
 
 
+@pytest.mark.parametrize("line", ("[1]", '{"key": 1}', "3"))
+def test_kept_rows_that_are_none(scored, tmp_path, line):
+    (tmp_path / "other.jsonl").write_text(line + "\n")
+    for place, message in (
+        (tmp_path, "expected a file. Got the folder"),
+        (tmp_path / "other.jsonl" / "rows.jsonl", "expected a folder to write into"),
+        (tmp_path / "other.jsonl", "expected rows of this benchmark"),
+    ):
+        with pytest.raises(ValueError, match=f"kept_rows: {message}"):
+            qbert.run(only=["STS-B 4n128 m"], kept_rows=place, threads=1)
+    assert not scored
+
+
 def test_tables_and_plot_and_files(scored, tmp_path):
     from rich.console import Console
 
