@@ -102,6 +102,8 @@ def kernel_loops(path: Path):
             if any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans):
                 continue
             body = [what for at, what in code if first <= at <= last]
+            if any(what.startswith("ret") for what in body):
+                continue  # a way back from what stands behind the function's end
             if any(DOTS.match(what) for what in body):
                 sizes = tuple(map(int, name[3].split(",")[1:]))
                 # Without a frame %rbp is a register like others.
@@ -119,14 +121,15 @@ def test_no_product_goes_through_the_stack(level, objects):
     for kernel, dot, sizes, body in loops:
         traffic = [what for what in body if "(%rsp" in what]
         assert not traffic, f"{level} {kernel}<{dot}, {sizes}>: {traffic}"
-    # All kernels were found: of 14 rows dense and sparse (both halves, then either, also by two), of tokens R x V.
+    # All kernels were found: of 14 rows dense and sparse (both halves, then either, also by two), of tokens R x V
+    # (one feature: four entries at a time, then one).
     counts: dict[tuple, list[int]] = {}
     for kernel, dot, sizes, body in loops:
         counts.setdefault((kernel, dot, sizes), []).append(sum(bool(DOTS.match(what)) for what in body))
     if level in ("avx512vnni", "avx512bf16"):
         assert counts["tile", "Dot_vnni", (14,)] == [28]
         assert sorted(counts["sparse_tile", "Dot_vnni", (14,)]) == [14, 14, 28, 28, 28]
-        assert counts["token_panel", "Dot_vnni", (1, 8)] == [8]
+        assert sorted(counts["token_panel", "Dot_vnni", (1, 8)]) == [8, 32]
         assert counts["token_panel", "Dot_vnni", (2, 8)] == counts["token_panel", "Dot_vnni", (4, 4)] == [16]
     assert {kernel for kernel, *_ in counts} == {"tile", "sparse_tile", "tokens", "token_panel"}
 

@@ -75,6 +75,13 @@ BK_INLINE vi vori(vi a, vi b) { return _mm512_or_si512(a, b); }
 BK_INLINE vi vmuli(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 BK_INLINE vi vsub8(vi a, vi b) { return _mm512_sub_epi8(a, b); }
 BK_INLINE void vstorei(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
+BK_INLINE vi vload_four(const uint32_t* p) {  // again and again
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <int i>
+BK_INLINE vi vspread_of_four(vi x) {  // lane i of each four lanes to all of them
+  return _mm512_shuffle_epi32(x, static_cast<_MM_PERM_ENUM>(i * 0x55));
+}
 BK_INLINE vi vshift_left16(vi a, int bits) { return _mm512_slli_epi16(a, static_cast<unsigned>(bits)); }
 BK_INLINE vi vshift_right16(vi a, int bits) { return _mm512_srai_epi16(a, static_cast<unsigned>(bits)); }
 BK_INLINE vi vmadd16(vi a, vi b) { return _mm512_madd_epi16(a, b); }    // sums of neighbouring 16-bit products

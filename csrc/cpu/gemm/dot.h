@@ -11,10 +11,10 @@
 //   Act broadcast(const uint32_t* a, int64_t plane)  one activation dword, of kPlanes planes side by side
 //   Act rows(const uint32_t* a, int64_t plane)       the dwords of kWidth rows
 //   Vec splat(uint32_t)          one weight dword
+//   Vec weights(vi)              weight dwords that are in a register
 //
 // Integer ones also:
 //
-//   Vec weights(vi)              weight dwords that are in a register
 //   Acc add(Acc, Acc), spread(int32_t), times(Acc, int32_t)
 //
 // Where weights are ordered (kOrdered):
@@ -41,6 +41,7 @@ struct Dot_f32 {
   BK_INLINE Act broadcast(const uint32_t* a, int64_t) { return as_float(vseti(static_cast<int32_t>(*a))); }
   BK_INLINE Act rows(const uint32_t* a, int64_t) { return vload(reinterpret_cast<const float*>(a)); }
   BK_INLINE Vec splat(uint32_t w) { return as_float(vseti(static_cast<int32_t>(w))); }
+  BK_INLINE Vec weights(vi w) { return as_float(w); }
   BK_INLINE void step(Acc& acc, Act x, Vec w) { acc = vfma(x, w, acc); }
   BK_INLINE vf value(Acc acc) { return acc; }
 };
@@ -57,6 +58,7 @@ struct Dot_bf16 : Dot_f32 {  // the low half of a dword is the earlier k
   BK_INLINE Act broadcast(const uint32_t* a, int64_t) { return split(vseti(static_cast<int32_t>(*a))); }
   BK_INLINE Act rows(const uint32_t* a, int64_t) { return load(a); }
   BK_INLINE Vec splat(uint32_t w) { return split(vseti(static_cast<int32_t>(w))); }
+  BK_INLINE Vec weights(vi w) { return split(w); }
   BK_INLINE void step(Acc& acc, const Act& x, const Vec& w) { acc = vfma(x.high, w.high, vfma(x.low, w.low, acc)); }
 };
 

@@ -45,7 +45,7 @@
 //   panels   a panel lists dwords where its features have a nonzero: those of both halves of 16 features, then of the
 //            first half alone, of the second alone. Lanes are features, as in the dense tile.
 //   tokens   every R = 1, 2 or 4 features have a list of their own: [entry][R] dwords. Lanes are rows of X, which lie
-//            in groups of kTokens: [KD][planes][kTokens]. Lists are cut where a multiple of kTokenBlock dwords of K
+//            in groups of kTokens: [KD][planes][kTokens]. Lists are cut where a multiple of token_block(R) dwords of K
 //            begins: the rows of X that all lists use by turns stay in the L1 meanwhile.
 //
 // Weights of few bits (group-wise) are stored as bit planes and become the dwords of the dense panel, s8 or floats,
@@ -70,8 +70,8 @@ namespace bertkern::cpu {
 
 constexpr int64_t kPanel = 32, kHalfPanel = 16;
 constexpr int kMaxRows = 14;
-constexpr int64_t kTokens = 16;       // rows of X in a group where lanes are rows
-constexpr int64_t kTokenBlock = 384;  // dwords of K
+constexpr int64_t kTokens = 16;  // rows of X in a group where lanes are rows
+constexpr int64_t token_block(int64_t features) { return features == 1 ? 192 : 384; }  // dwords of K
 
 enum class WeightKind : int32_t { f32 = 0, bf16 = 1, s8 = 2 };
 
@@ -125,16 +125,15 @@ struct SparsePanel {
 
 using SparseTileFn = void (*)(const uint32_t* a, int64_t lda, const SparsePanel& b, const TileOutput& output);
 
-struct TokenPanel {
-  const uint32_t* begin;  // [32 / R][blocks], and one more: where each part of a list begins
-  int64_t blocks;
+struct TokenPanel {       // of one block of K
+  const uint32_t* begin;  // [32 / R + 1]: where each list begins, and the last one ends
   const uint16_t* index;
   const uint32_t* weights;  // [entry][R]
 };
 
 // sums[n][row] = init[n] + the dot products over a block, for `groups` groups of kTokens rows, `group_dwords` apart;
 // with null for init sums[n][row] += them. Sums are int32 (s8) or fp32.
-using TokensFn = void (*)(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, int64_t block,
+using TokensFn = void (*)(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b,
                           const void* init, uint32_t* sums, int64_t pitch);
 // What TileOutput says, for up to kTokens rows of fp32: the sums, made floats of and transposed. No residual.
 using FinishTokensFn = void (*)(const uint32_t* sums, int64_t pitch, int64_t rows, const TileOutput& output);

@@ -3,8 +3,9 @@
 //   bytes 0..63   LinearHeader
 //   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h); ordered: lists [panels x 32 / ordered]
 //   index         `entries` dwords of K, padded to 4 bytes: uint32 (panels), uint16 (tokens, ordered)
-//   table         PanelEntry [panels], uint32 [panels * 32 / R * blocks + 1] (tokens),
-//                 OrderedEntry [panels][32 / ordered] (ordered)
+//   table         PanelEntry [panels], OrderedEntry [panels][32 / ordered] (ordered),
+//                 uint32 [1 + panels * blocks * 32 / R] (tokens): 0, then where the parts of lists end; for every
+//                 kTokenPanels panels [blocks of K][panels][32 / R], as weights and index lie, too
 //   init          int32 [Np]   s8 with one zero point for all rows only: -input_zero * sum_k W[n, k],
 //                              Np = N rounded up to 32
 //   column_sum    int32 [Np]   s8 only: sum_k W[n, k]
@@ -150,9 +151,9 @@ void restore_panel(const Linear& linear, int64_t panel, uint32_t* dwords);  // a
 constexpr int kOrderedBits = 7;
 PanelOrder order_of_bits(int bits, const uint32_t* panel, int64_t kd, int64_t ordered);
 
-// At once over the weights of Layout::tokens; measured: groups of rows, and where K has several blocks so many panels
-// that the rows' way into the L1 is worth it.
-constexpr int64_t kTokenGroups = 3, kTokenPanels = 8;
+// At once over the weights of Layout::tokens; measured: groups of rows, and so many panels that the way of a block's
+// rows into the L1 is worth it.
+constexpr int64_t kTokenGroups = 4, kTokenPanels = 8;
 
 // Sparse weights, from stored blocks of `rows` x `columns` values (or codes): block row i of W holds the blocks
 // [crow[i], crow[i + 1]), at block columns col[...]. What lies outside [n, k] is left out.
@@ -246,7 +247,9 @@ struct Piece {
 };
 Piece panel_weights(const Linear& linear, int64_t panel);
 SparsePanel sparse_panel(const Linear& linear, int64_t panel);  // of Layout::panels
-TokenPanel token_panel(const Linear& linear, int64_t panel);    // of Layout::tokens
+// Of Layout::tokens: blocks of K; the parts of a panel's lists that lie in one of them.
+int64_t token_blocks(const Linear& linear);
+TokenPanel token_panel(const Linear& linear, int64_t panel, int64_t block);
 
 struct Output {
   Activation activation = Activation::none;

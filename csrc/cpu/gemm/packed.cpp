@@ -33,7 +33,10 @@ void write_header(const LinearHeader& header, void* out) {
 
 namespace {
 
-int64_t token_blocks(int64_t kd) { return std::max<int64_t>(1, (kd + kTokenBlock - 1) / kTokenBlock); }
+int64_t token_blocks(int64_t kd, int64_t features) {
+  const int64_t block = token_block(features);
+  return std::max<int64_t>(1, (kd + block - 1) / block);
+}
 
 // Bytes of the index and of the table.
 int64_t index_bytes(const LinearHeader& h) { return h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4; }
@@ -42,7 +45,7 @@ int64_t table_bytes(const LinearHeader& h, int64_t panels) {
     return h.features ? panels * (kPanel / h.features) * static_cast<int64_t>(sizeof(OrderedEntry)) : 0;
   if (h.layout == 1) return panels * static_cast<int64_t>(sizeof(PanelEntry));
   const int64_t kd = dword_count(static_cast<WeightKind>(h.kind), h.k);
-  return (panels * kPanel / h.features * token_blocks(kd) + 1) * 4;
+  return (panels * kPanel / h.features * token_blocks(kd, h.features) + 1) * 4;
 }
 
 }  // namespace
@@ -63,7 +66,13 @@ int64_t packed_bytes(const LinearHeader& h) {
          vectors * np * 4;
 }
 
+int64_t token_blocks(const Linear& linear) { return token_blocks(linear.kd, linear.features); }
+
 namespace {
+
+// Of Layout::tokens: lists of a panel; where parts of lists end, a 0 before.
+int64_t lists_of(const Linear& linear) { return kPanel / linear.features; }
+const uint32_t* token_ends(const Linear& linear) { return static_cast<const uint32_t*>(linear.table); }
 
 // Whether the table's last numbers are the header's.
 bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
@@ -82,7 +91,7 @@ bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
     return int64_t{e.index} + e.both + halves == entries &&
            (int64_t{e.weights} + 2 * int64_t{e.both} + halves) * kHalfPanel == dwords;
   }
-  return *token_panel(linear, linear.panels).begin == entries;
+  return token_ends(linear)[linear.panels * lists_of(linear) * token_blocks(linear)] == entries;
 }
 
 }  // namespace
@@ -272,49 +281,82 @@ void measure_sparse(LinearHeader& header, const Blocks& blocks) {
   if (static_cast<Layout>(header.layout) == Layout::tokens) header.weight_dwords = header.entries * header.features;
 }
 
+namespace {
+
+// Listed dwords, one after the other.
+template <class Index>
+class Entries {
+ public:
+  Entries(uint32_t* weights, void* index) : weights_(weights), index_(static_cast<Index*>(index)) {}
+  void add(const Panel& panel, int64_t d, int64_t feature, int64_t features) {
+    std::memcpy(weights_ + dwords_, panel.row(d) + feature, static_cast<size_t>(features) * 4);
+    dwords_ += features;
+    index_[count_++] = static_cast<Index>(d);
+  }
+  uint32_t count() const { return static_cast<uint32_t>(count_); }
+  int64_t dwords() const { return dwords_; }
+
+ private:
+  uint32_t* const weights_;
+  Index* const index_;
+  int64_t count_ = 0, dwords_ = 0;
+};
+
+void list_panel(const Panel& panel, Entries<uint32_t>& entries, PanelEntry& e) {
+  e.index = entries.count(), e.weights = static_cast<uint32_t>(entries.dwords() / kHalfPanel);
+  uint32_t* const counts[] = {&e.both, &e.half[0], &e.half[1]};
+  for (int which = 0; which < 3; ++which)
+    for (int64_t d = 0; d < panel.kd(); ++d) {
+      const bool left = panel.any(d, 0, kHalfPanel), right = panel.any(d, kHalfPanel, kHalfPanel);
+      if (!(which == 0 ? left && right : which == 1 ? left && !right : right && !left)) continue;
+      entries.add(panel, d, which == 2 ? kHalfPanel : 0, which == 0 ? kPanel : kHalfPanel);
+      ++*counts[which];
+    }
+}
+
+// In the order in which a product reads them; returns where the next panels' ends go.
+uint32_t* list_tokens(const Panel* first, const Panel* last, int64_t features, Entries<uint16_t>& entries,
+                      uint32_t* end) {
+  const int64_t kd = first->kd(), block = token_block(features);
+  for (int64_t i = 0; i < token_blocks(kd, features); ++i)
+    for (const Panel* panel = first; panel < last; ++panel)
+      for (int64_t f = 0; f < kPanel; f += features) {
+        for (int64_t d = i * block; d < std::min(kd, (i + 1) * block); ++d)
+          if (panel->any(d, f, features)) entries.add(*panel, d, f, features);
+        *++end = entries.count();
+      }
+  return end;
+}
+
+}  // namespace
+
 void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* scale, int64_t scale_count,
                  const float* bias, void* out) {
   std::memset(out, 0, static_cast<size_t>(packed_bytes(header)));
   write_header(header, out);
-  uint32_t* weights = reinterpret_cast<uint32_t*>(static_cast<char*>(out) + sizeof header);
-  char* index = reinterpret_cast<char*>(weights + header.weight_dwords);
-  char* table = index + index_bytes(header);
-  Panel panel(header, blocks);
-  const int64_t panels = padded(header.n) / kPanel, kd = panel.kd();
+  uint32_t* const weights = reinterpret_cast<uint32_t*>(static_cast<char*>(out) + sizeof header);
+  char* const index = reinterpret_cast<char*>(weights + header.weight_dwords);
+  char* const table = index + index_bytes(header);
+  const int64_t panels = padded(header.n) / kPanel;
+  const bool tokens = static_cast<Layout>(header.layout) == Layout::tokens;
+  std::vector<Panel> filled(static_cast<size_t>(tokens ? std::min(panels, kTokenPanels) : 1), Panel(header, blocks));
   std::vector<int32_t> sums;
-  int64_t entry = 0, written = 0;  // of the index; dwords of weights
-  const auto copy = [&](int64_t d, int64_t feature, int64_t count) {
-    std::memcpy(weights + written, panel.row(d) + feature, static_cast<size_t>(count) * 4);
-    written += count;
-  };
-  for (int64_t p = 0; p < panels; ++p) {
-    panel.fill(p);
-    if (static_cast<Layout>(header.layout) == Layout::panels) {
-      PanelEntry& e = reinterpret_cast<PanelEntry*>(table)[p];
-      e.index = static_cast<uint32_t>(entry), e.weights = static_cast<uint32_t>(written / kHalfPanel);
-      uint32_t* const counts[] = {&e.both, &e.half[0], &e.half[1]};
-      for (int which = 0; which < 3; ++which)
-        for (int64_t d = 0; d < kd; ++d) {
-          const bool left = panel.any(d, 0, kHalfPanel), right = panel.any(d, kHalfPanel, kHalfPanel);
-          if (!(which == 0 ? left && right : which == 1 ? left && !right : right && !left)) continue;
-          copy(d, which == 2 ? kHalfPanel : 0, which == 0 ? kPanel : kHalfPanel);
-          reinterpret_cast<uint32_t*>(index)[entry++] = static_cast<uint32_t>(d);
-          ++*counts[which];
-        }
-    } else {
-      uint32_t* end = reinterpret_cast<uint32_t*>(table) + p * (kPanel / header.features) * token_blocks(kd);
-      for (int64_t f = 0; f < kPanel; f += header.features) {
-        for (int64_t d = 0; d < kd; ++d) {
-          if (d > 0 && d % kTokenBlock == 0) *++end = static_cast<uint32_t>(entry);
-          if (!panel.any(d, f, header.features)) continue;
-          copy(d, f, header.features);
-          reinterpret_cast<uint16_t*>(index)[entry++] = static_cast<uint16_t>(d);
-        }
-        *++end = static_cast<uint32_t>(entry);
-      }
+  Entries<uint32_t> by_panels(weights, index);
+  Entries<uint16_t> by_tokens(weights, index);
+  uint32_t* end = reinterpret_cast<uint32_t*>(table);
+  const int64_t step = static_cast<int64_t>(filled.size());
+  for (int64_t first = 0; first < panels; first += step) {
+    const int64_t last = std::min(panels, first + step);
+    for (int64_t p = first; p < last; ++p) {
+      Panel& panel = filled[static_cast<size_t>(p - first)];
+      panel.fill(p);
+      if (static_cast<WeightKind>(header.kind) == WeightKind::s8)
+        for (int64_t f = 0; f < std::min(kPanel, header.n - p * kPanel); ++f) sums.push_back(panel.sum(f));
     }
-    if (static_cast<WeightKind>(header.kind) == WeightKind::s8)
-      for (int64_t f = 0; f < std::min(kPanel, header.n - p * kPanel); ++f) sums.push_back(panel.sum(f));
+    if (tokens)
+      end = list_tokens(filled.data(), filled.data() + (last - first), header.features, by_tokens, end);
+    else
+      list_panel(filled[0], by_panels, reinterpret_cast<PanelEntry*>(table)[first]);
   }
   write_vectors(header, sums.data(), scale, scale_count, bias, table + table_bytes(header, panels));
 }
@@ -327,11 +369,10 @@ SparsePanel sparse_panel(const Linear& linear, int64_t panel) {
           {e.half[0], e.half[1]}};
 }
 
-TokenPanel token_panel(const Linear& linear, int64_t panel) {
-  const uint32_t* table = static_cast<const uint32_t*>(linear.table);
-  const int64_t blocks = token_blocks(linear.kd);
-  return {table + panel * (kPanel / linear.features) * blocks, blocks, static_cast<const uint16_t*>(linear.index),
-          linear.weights};
+TokenPanel token_panel(const Linear& linear, int64_t panel, int64_t block) {
+  const int64_t first = panel / kTokenPanels * kTokenPanels, together = std::min(kTokenPanels, linear.panels - first);
+  const int64_t at = first * token_blocks(linear) + block * together + panel - first;
+  return {token_ends(linear) + at * lists_of(linear), static_cast<const uint16_t*>(linear.index), linear.weights};
 }
 
 Piece panel_weights(const Linear& linear, int64_t panel) {
@@ -345,8 +386,8 @@ Piece panel_weights(const Linear& linear, int64_t panel) {
       return {b.weights, (b.both * kPanel + (b.half[0] + b.half[1]) * kHalfPanel) * 4};
     }
     case Layout::tokens: {
-      const TokenPanel b = token_panel(linear, panel);
-      const int64_t first = b.begin[0], last = b.begin[kPanel / linear.features * b.blocks];
+      const TokenPanel b = token_panel(linear, panel, 0);
+      const int64_t first = b.begin[0], last = b.begin[lists_of(linear)];
       return {b.weights + first * linear.features, (last - first) * linear.features * 4};
     }
     default: {
@@ -380,12 +421,12 @@ void each_dword(const Linear& linear, See&& see) {
           for (int64_t f = 0; f < (which ? kHalfPanel : kPanel); ++f)
             see(p * kPanel + (which == 2 ? kHalfPanel : 0) + f, *index, *weights++);
     } else {
-      const TokenPanel b = token_panel(linear, p);
-      for (int64_t f = 0; f < kPanel; f += linear.features) {
-        const uint32_t* begin = b.begin + f / linear.features * b.blocks;
-        for (int64_t e = begin[0]; e < begin[b.blocks]; ++e)
-          for (int64_t r = 0; r < linear.features; ++r)
-            see(p * kPanel + f + r, b.index[e], b.weights[e * linear.features + r]);
+      for (int64_t block = 0; block < token_blocks(linear); ++block) {
+        const TokenPanel b = token_panel(linear, p, block);
+        for (int64_t list = 0; list < lists_of(linear); ++list)
+          for (int64_t e = b.begin[list]; e < b.begin[list + 1]; ++e)
+            for (int64_t r = 0; r < linear.features; ++r)
+              see(p * kPanel + list * linear.features + r, b.index[e], b.weights[e * linear.features + r]);
       }
     }
   }

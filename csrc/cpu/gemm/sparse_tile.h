@@ -113,21 +113,49 @@ struct TokenList {
   int64_t count;
 };
 
+#if defined(__AVX512F__)
+// Four entries of one feature. Where an operand is one register, loads bound a step, of 64 bytes one a cycle, and a
+// broadcast counts as one: so four weights and four indexes come with one load each.
+template <int i, class Dot, int V>
+BK_INLINE void token_step_of_four(typename Dot::Acc (&acc)[1][V], const uint32_t* const (&a)[V], uint64_t indexes,
+                                  vi weights) {
+  const int64_t offset = static_cast<int64_t>(indexes >> 16 * i & 0xffffu) * (kTokens * Dot::kPlanes);
+  const typename Dot::Vec w = Dot::weights(vspread_of_four<i>(weights));
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) Dot::step(acc[0][v], Dot::rows(a[v] + offset, kTokens), w);
+}
+
+template <class Dot, int V>
+BK_INLINE int64_t token_fours(typename Dot::Acc (&acc)[1][V], const uint32_t* const (&a)[V], const TokenList& list) {
+  int64_t i = 0;
+  for (; i + 4 <= list.count; i += 4) {
+    uint64_t indexes;
+    __builtin_memcpy(&indexes, list.index + i, sizeof indexes);
+    const vi weights = vload_four(list.weights + i);
+    token_step_of_four<0, Dot>(acc, a, indexes, weights);
+    token_step_of_four<1, Dot>(acc, a, indexes, weights);
+    token_step_of_four<2, Dot>(acc, a, indexes, weights);
+    token_step_of_four<3, Dot>(acc, a, indexes, weights);
+  }
+  return i;
+}
+#endif
+
 // All features of a panel for V vectors of rows from vector v0 on.
 template <class Dot, int R, int V>
-void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const TokenPanel& b, int64_t block,
-                 const uint32_t* init, uint32_t* sums, int64_t pitch) {
+void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const TokenPanel& b, const uint32_t* init,
+                 uint32_t* sums, int64_t pitch) {
   constexpr int kVectorsOfGroup = kTokens / kWidth;
   const uint32_t* rows[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v)
     rows[v] = a + (v0 + v) / kVectorsOfGroup * group_dwords + (v0 + v) % kVectorsOfGroup * kWidth;
   const auto list = [&](int64_t n) {
-    const uint32_t* const begin = b.begin + n / R * b.blocks + block;
+    const uint32_t* const begin = b.begin + n / R;
     return TokenList{b.index + begin[0], b.weights + int64_t{begin[0]} * R, int64_t{begin[1]} - begin[0]};
   };
   // Two lists at a time where one alone has too few sums under way to hide the latency of a step.
-  constexpr int kLists = kWidth == 16 && R * V <= 4 ? 2 : 1;
+  constexpr int kLists = kWidth == 16 && R * V < 4 ? 2 : 1;
   for (int64_t n = 0; n < kPanel; n += R * kLists) {
     const TokenList x = list(n), y = list(kLists == 2 ? n + R : n);
     typename Dot::Acc xs[R][V], ys[R][V];
@@ -144,20 +172,23 @@ void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const Toke
       for (int64_t j = i; j < y.count; ++j) token_step<Dot, R, V>(ys, rows, y.index[j], y.weights + j * R);
       store_tokens<Dot, R, V>(ys, y_sums, pitch);
     }
+#if defined(__AVX512F__)
+    if constexpr (R == 1 && V >= 4 && sizeof(typename Dot::Act) == sizeof(vf)) i = token_fours<Dot, V>(xs, rows, x);
+#endif
     for (; i < x.count; ++i) token_step<Dot, R, V>(xs, rows, x.index[i], x.weights + i * R);
     store_tokens<Dot, R, V>(xs, x_sums, pitch);
   }
 }
 
 template <class Dot, int R>
-void tokens(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, int64_t block,
-            const void* init, uint32_t* sums, int64_t pitch) {
+void tokens(const uint32_t* a, int64_t group_dwords, int64_t groups, const TokenPanel& b, const void* init,
+            uint32_t* sums, int64_t pitch) {
   constexpr int kMost = kTokenAccumulators / R > 8 ? 8 : kTokenAccumulators / R;
   const int64_t vectors = groups * (kTokens / kWidth);
   const uint32_t* first = static_cast<const uint32_t*>(init);
   int64_t v = 0;
   const auto pass = [&](auto run, int64_t count) __attribute__((always_inline)) {
-    for (; v + count <= vectors; v += count) run(a, group_dwords, v, b, block, first, sums, pitch);
+    for (; v + count <= vectors; v += count) run(a, group_dwords, v, b, first, sums, pitch);
   };
   pass(&token_panel<Dot, R, kMost>, kMost);
   // What is left is fewer: one pass of just that many.
