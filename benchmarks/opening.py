@@ -22,14 +22,14 @@ def start(
     options: Callable[[str], dict[str, Any]] = lambda spec: {},
     report: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Worker], dict[str, dict[str, Any]], dict[str, str]]:
-    """Starts one worker an engine, opens it with its options, and reports those that are absent.
+    """Starts one worker an engine, however often it is named, opens it with its options, and reports absent ones.
 
     Returns: workers that live until `stack` closes, what each said at opening, and the absent ones with the reason.
     Raises ValueError for a name that does not exist.
     """
     expect_known(specs, family)
     workers, opened, absent = [], {}, {}
-    for spec in specs:
+    for spec in dict.fromkeys(specs):
         name = Spec.parse(spec).name
         worker = stack.enter_context(Worker(spec, threads, python))
         try:

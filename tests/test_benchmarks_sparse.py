@@ -395,7 +395,7 @@ def test_d26_does_not_fit_any_model(tmp_path):
 def test_engines_run_a_pruned_model_beside_the_whole_one(tiny, cache):
     said = []
     run = encoder.run(
-        ["bertkern-int8", "bertkern-int8:dense", "bertkern-fp32:1x1@0.9"],
+        ["bertkern-int8", "bertkern-int8:dense", "bertkern-fp32:1x1@0.9", "bertkern-int8:dense"],  # twice is once
         encoder.parse_shapes("2x7"),
         model=str(tiny),
         threads=1,
