@@ -63,6 +63,7 @@ BK_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 BK_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }  // b where either is NaN
 BK_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 BK_INLINE vi vmaxi(vi a, vi b) { return _mm512_max_epi32(a, b); }
+BK_INLINE vi vmini(vi a, vi b) { return _mm512_min_epi32(a, b); }
 BK_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
 BK_INLINE vi as_int(vf a) { return _mm512_castps_si512(a); }
 BK_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
@@ -198,6 +199,7 @@ BK_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 BK_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 BK_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 BK_INLINE vi vmaxi(vi a, vi b) { return _mm256_max_epi32(a, b); }
+BK_INLINE vi vmini(vi a, vi b) { return _mm256_min_epi32(a, b); }
 BK_INLINE vf vabs(vf a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
 BK_INLINE vi as_int(vf a) { return _mm256_castps_si256(a); }
 BK_INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a); }
@@ -344,8 +346,13 @@ BK_INLINE vi vmaxi(vi a, vi b) {
   const vi mask = a > b;
   return (a & mask) | (b & ~mask);
 }
+BK_INLINE vi vmini(vi a, vi b) {
+  const vi mask = a < b;
+  return (a & mask) | (b & ~mask);
+}
 BK_INLINE vf vabs(vf a) { return as_float(as_int(a) & 0x7fffffff); }
 BK_INLINE vi vandi(vi a, vi b) { return a & b; }
+BK_INLINE vi vaddi(vi a, vi b) { return a + b; }
 BK_INLINE vi vori(vi a, vi b) { return a | b; }
 BK_INLINE vi vmuli(vi a, vi b) { return a * b; }
 BK_INLINE vi vshift_left(vi a, int bits) { return a << bits; }

@@ -1,6 +1,7 @@
 // The tasks of an attention: heads of sequences, and pieces of their queries where those are too few.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "cpu/attention/attention.h"
@@ -13,13 +14,6 @@ namespace bertkern::cpu {
 namespace {
 
 thread_local Scratch memory, row_memory;
-
-// Pieces of a head's queries. Each packs the keys and values anew, so a head stays whole where threads share evenly.
-int64_t cuts_of(const AttentionCall& call) {
-  const int64_t pairs = call.sequence_count * call.heads, threads = thread_count();
-  const bool even = call.sequence_count == 1 && pairs % threads == 0;
-  return pairs >= 4 * threads || even ? 1 : 4;
-}
 
 // Queries whose fp32 outputs of all heads a thread holds before they become codes; the keys are packed for each piece.
 constexpr int64_t kRowPiece = 256;
@@ -70,15 +64,39 @@ void attend_head(const AttentionCall& call, AttentionFn kernel, const Sequence& 
   kernel(h);
 }
 
+namespace {
+
+// Piece `cut` of `cuts` of a head's queries; each packs the keys and values anew.
+void attend_piece(const AttentionCall& call, AttentionFn kernel, const Sequence& s, int64_t head, int64_t cut,
+                  int64_t cuts) {
+  const int64_t blocks = (s.tokens + kQueries - 1) / kQueries;
+  attend_head(call, kernel, s, head, blocks * cut / cuts * kQueries,
+              std::min(s.tokens, blocks * (cut + 1) / cuts * kQueries));
+}
+
+// One sequence: each thread takes as many whole heads as all can, and evenly of the pieces of those that are left.
+void attend_one(const AttentionCall& call, AttentionFn kernel) {
+  const int64_t threads = thread_count(), whole = call.heads / threads, first = whole * threads;
+  const int64_t left = call.heads - first, cuts = threads / std::gcd(std::max<int64_t>(left, 1), threads);
+  const int64_t pieces = left * cuts / threads, tasks = whole + pieces;  // of a thread
+  parallel(threads * tasks, [&](int64_t task) {
+    const int64_t thread = task / tasks, i = task % tasks, piece = thread * pieces + i - whole;
+    if (i < whole)
+      attend_piece(call, kernel, call.sequences[0], thread * whole + i, 0, 1);
+    else
+      attend_piece(call, kernel, call.sequences[0], first + piece / cuts, piece % cuts, cuts);
+  });
+}
+
+}  // namespace
+
 void attend(const AttentionCall& call, WeightKind values) {
   const AttentionFn kernel = attention_kernel(values, call.dtype);
-  const int64_t cuts = cuts_of(call);
-  parallel(call.sequence_count * call.heads * cuts, [&](int64_t task) {
-    const int64_t cut = task % cuts, head = task / cuts % call.heads;
-    const Sequence& s = call.sequences[task / cuts / call.heads];
-    const int64_t blocks = (s.tokens + kQueries - 1) / kQueries;
-    const int64_t q0 = blocks * cut / cuts * kQueries, q1 = std::min(s.tokens, blocks * (cut + 1) / cuts * kQueries);
-    attend_head(call, kernel, s, head, q0, q1);
+  if (call.sequence_count == 1) return attend_one(call, kernel);
+  const int64_t pairs = call.sequence_count * call.heads, cuts = pairs >= 4 * thread_count() ? 1 : 4;
+  parallel(pairs * cuts, [&](int64_t task) {
+    const int64_t pair = task / cuts;
+    attend_piece(call, kernel, call.sequences[pair / call.heads], pair % call.heads, task % cuts, cuts);
   });
 }
 

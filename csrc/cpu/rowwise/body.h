@@ -195,8 +195,8 @@ float quantize_range(const float* x, int64_t n, uint8_t* out, int32_t* zero_poin
   const vf inverse = vset(1.0f / scale);
   float lanes[kWidth];
   vstore(lanes, vmin(vround(vmul(vset(-lo), inverse)), vset(255.0f)));
-  const vf zero = vset(lanes[0]), last = vset(255.0f), first = vset(0.0f);
-  const auto codes = [&](vf y) { return round_to_int(vmin(vmax(vadd(vround(vmul(y, inverse)), zero), first), last)); };
+  const vi zero = vseti(static_cast<int32_t>(lanes[0])), first = vseti(0), last = vseti(255);
+  const auto codes = [&](vf y) { return vmini(vmaxi(vaddi(round_to_int(vmul(y, inverse)), zero), first), last); };
   for (i = 0; i + kWidth <= n; i += kWidth) vstore_u8_n(out + i, codes(vload(x + i)), kWidth);
   if (i < n) vstore_u8_n(out + i, codes(vload_n(x + i, n - i)), n - i);
   *zero_point = static_cast<int32_t>(lanes[0]);
@@ -208,24 +208,35 @@ void flip_row(const uint8_t* codes, int64_t n, uint8_t mask, uint8_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = codes[i] ^ mask;
 }
 
-void layer_norm_row(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out) {
-  vf sum = vset(0.0f);
+// The sum of `of` each vector and how many of its lanes count, in several chains: one would wait for itself.
+template <class Of>
+BK_INLINE float sum_of(const float* x, int64_t n, Of&& of) {
+  constexpr int kChains = 4;
+  vf sum[kChains] = {vset(0.0f), vset(0.0f), vset(0.0f), vset(0.0f)};
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) sum = vadd(sum, vload(x + i));
-  if (i < n) sum = vadd(sum, vload_n(x + i, n - i));
-  const float mean = vsum(sum) / static_cast<float>(n);
-  vf square = vset(0.0f);
-  for (i = 0; i + kWidth <= n; i += kWidth) {
-    const vf d = vsub(vload(x + i), vset(mean));
-    square = vfma(d, d, square);
+  for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) of(sum[c], vload(x + i + c * kWidth));
   }
-  if (i < n) {
+  for (; i + kWidth <= n; i += kWidth) of(sum[0], vload(x + i));
+  float total = 0.0f;
+  if (i < n) {  // lanes past the end would count, too
     float lanes[kWidth];
-    vstore(lanes, vsub(vload_n(x + i, n - i), vset(mean)));
-    const vf d = vload_n(lanes, n - i);  // the lanes past the end would count as -mean
-    square = vfma(d, d, square);
+    vf last = vset(0.0f);
+    of(last, vload_n(x + i, n - i));
+    vstore(lanes, last);
+    total = vsum(vload_n(lanes, n - i));
   }
-  const vf denominator = vset(vsum(square) / static_cast<float>(n) + eps);
+  return total + vsum(vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3])));
+}
+
+void layer_norm_row(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out) {
+  const float mean = sum_of(x, n, [](vf& sum, vf y) { sum = vadd(sum, y); }) / static_cast<float>(n);
+  const float square = sum_of(x, n, [middle = vset(mean)](vf& sum, vf y) {
+    const vf d = vsub(y, middle);
+    sum = vfma(d, d, sum);
+  });
+  const vf denominator = vset(square / static_cast<float>(n) + eps);
   float root[kWidth];
 #if defined(__AVX512F__)
   vstore(root, _mm512_sqrt_ps(denominator));
@@ -235,12 +246,13 @@ void layer_norm_row(const float* x, int64_t n, const float* gamma, const float* 
   vstore(root, denominator);
   root[0] = __builtin_sqrtf(root[0]);
 #endif
-  const vf scale = vset(1.0f / root[0]);
-  for (i = 0; i < n; i += kWidth) {
-    const int64_t m = lanes_left(n, i);
-    const vf y = vmul(vsub(load_lanes(x, Dtype::f32, i, m), vset(mean)), scale);
-    const vf norm = vfma(y, load_lanes(gamma, Dtype::f32, i, m), load_lanes(beta, Dtype::f32, i, m));
-    store_lanes(out, Dtype::f32, i, norm, m);
+  const vf scale = vset(1.0f / root[0]), middle = vset(mean);
+  const auto norm = [&](vf y, vf g, vf b) { return vfma(vmul(vsub(y, middle), scale), g, b); };
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) vstore(out + i, norm(vload(x + i), vload(gamma + i), vload(beta + i)));
+  if (i < n) {
+    const int64_t m = n - i;
+    vstore_n(out + i, norm(vload_n(x + i, m), vload_n(gamma + i, m), vload_n(beta + i, m)), m);
   }
 }
 
