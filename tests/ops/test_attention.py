@@ -152,6 +152,22 @@ def test_a_sequence_depends_on_nothing_else(dtype):
         assert out[cu[4] : cu[5], 1].isnan().any()
 
 
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("count", (1, 2, 3, 5, 7, 12))
+def test_threads_share_the_heads_of_one_sequence(count, causal):
+    """Whole heads, and pieces of those left over: none is missing, none is different."""
+    q, k, v = heads((70,), count, 16)
+    cu, threads = starts((70,)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = ops.attention(q, k, v, cu, causal=causal)
+        for many in (2, 3, 4, 8):
+            torch.set_num_threads(many)
+            assert torch.equal(ops.attention(q, k, v, cu, causal=causal), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_keys_that_do_not_count_are_not_read():
     q, k, v = heads((40,), 2, 32)
     clean = ops.attention(q, k, v, starts((40,)), key_counts=torch.tensor([25]))

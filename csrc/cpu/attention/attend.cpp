@@ -75,9 +75,11 @@ void attend_piece(const AttentionCall& call, AttentionFn kernel, const Sequence&
 }
 
 // One sequence: each thread takes as many whole heads as all can, and evenly of the pieces of those that are left.
+// Causal pieces are uneven: twice as many, for those who are through to help with.
 void attend_one(const AttentionCall& call, AttentionFn kernel) {
   const int64_t threads = thread_count(), whole = call.heads / threads, first = whole * threads;
-  const int64_t left = call.heads - first, cuts = threads / std::gcd(std::max<int64_t>(left, 1), threads);
+  const int64_t left = call.heads - first;
+  const int64_t cuts = threads / std::gcd(std::max<int64_t>(left, 1), threads) * (call.causal ? 2 : 1);
   const int64_t pieces = left * cuts / threads, tasks = whole + pieces;  // of a thread
   parallel(threads * tasks, [&](int64_t task) {
     const int64_t thread = task / tasks, i = task % tasks, piece = thread * pieces + i - whole;

@@ -188,13 +188,14 @@ BK_INLINE void one_set(typename Dot::Acc (&acc)[kSets][MR][kVectors]) {
   }
 }
 
-// Few bits are soon through a page, where the processor's own fetching ends. Measured: long panels of few bits gain an
-// eighth, others lose more than that.
+// Few bits are soon through a page, where the processor's own fetching ends: so from 2 KiB ahead. Measured: long panels
+// of few bits gain an eighth, others lose more than that.
 constexpr int64_t kLongPanel = 512;  // dwords of K
+constexpr int64_t kPlanesAhead = 512;
 template <int kBits>
 BK_INLINE void fetch_planes(const uint32_t* planes) {
 #pragma GCC unroll 8
-  for (int line = 0; line < 2 * kBits; ++line) __builtin_prefetch(planes + 512 + line * 16);
+  for (int line = 0; line < 2 * kBits; ++line) __builtin_prefetch(planes + kPlanesAhead + line * 16);
 }
 
 template <class Dot, int kBits, int MR>

@@ -154,8 +154,9 @@ void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const Toke
     const uint32_t* const begin = b.begin + n / R;
     return TokenList{b.index + begin[0], b.weights + int64_t{begin[0]} * R, int64_t{begin[1]} - begin[0]};
   };
+  constexpr bool kFours = kWidth == 16 && R == 1 && V >= 4 && sizeof(typename Dot::Act) == sizeof(vf);
   // Two lists at a time where one alone has too few sums under way to hide the latency of a step.
-  constexpr int kLists = kWidth == 16 && R * V < 4 ? 2 : 1;
+  constexpr int kLists = kWidth == 16 && R * V <= 4 && !kFours ? 2 : 1;
   for (int64_t n = 0; n < kPanel; n += R * kLists) {
     const TokenList x = list(n), y = list(kLists == 2 ? n + R : n);
     typename Dot::Acc xs[R][V], ys[R][V];
@@ -173,7 +174,7 @@ void token_panel(const uint32_t* a, int64_t group_dwords, int64_t v0, const Toke
       store_tokens<Dot, R, V>(ys, y_sums, pitch);
     }
 #if defined(__AVX512F__)
-    if constexpr (R == 1 && V >= 4 && sizeof(typename Dot::Act) == sizeof(vf)) i = token_fours<Dot, V>(xs, rows, x);
+    if constexpr (kFours) i = token_fours<Dot, V>(xs, rows, x);
 #endif
     for (; i < x.count; ++i) token_step<Dot, R, V>(xs, rows, x.index[i], x.weights + i * R);
     store_tokens<Dot, R, V>(xs, x_sums, pitch);
