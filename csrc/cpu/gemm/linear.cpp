@@ -294,14 +294,6 @@ void gemm_tokens(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1,
       tile.bias = linear.bias + p * kPanel;
       return tile;
     };
-    const auto fetch_output = [&](int64_t p) {
-      if (!straight) return;
-      for (int64_t r = rows.begin(g); r < rows.begin(g + groups); ++r) {
-        const char* const out = static_cast<const char*>(sink.row(r, p * kPanel));
-        __builtin_prefetch(out, 1);
-        __builtin_prefetch(out + 64, 1);
-      }
-    };
     for (int64_t first = p0, last; first < p1; first = last) {
       last = std::min((first / kTokenPanels + 1) * kTokenPanels, p1);  // as they lie
       const auto panel_sums = [&](int64_t p) { return sums + (p - first) * kPanel * pitch; };
@@ -309,7 +301,6 @@ void gemm_tokens(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1,
         for (int64_t p = first; p < last; ++p) {
           // Lanes are rows: where these have zero points of their own, the finish takes them away.
           const void* begin = block > 0 ? nullptr : rows.zeros ? static_cast<const void*>(kNothing) : init(p);
-          if (block + 1 == blocks) fetch_output(p);
           run(rows.group_data(g), rows.group_dwords(), groups, token_panel(linear, p, block), begin, panel_sums(p),
               pitch);
         }
