@@ -17,10 +17,7 @@ class Sink {
  public:
   Sink(const Linear& linear, const Output& output) : linear_(linear), output_(output) {}
 
-  bool in_tile() const {
-    return output_.activation == Activation::none && linear_.output_scale <= 0.0f && output_.dtype <= Dtype::bf16 &&
-           !linear_.column;
-  }
+  bool in_tile() const { return nothing_to_do() && output_.dtype <= Dtype::bf16 && !linear_.column; }
   void* row(int64_t r, int64_t column) const {
     return static_cast<char*>(output_.out) + (r * output_.out_pitch + column) * dtype_size(output_.dtype);
   }
@@ -28,7 +25,7 @@ class Sink {
     return output_.residual ? output_.residual + r * output_.residual_pitch + column : nullptr;
   }
   // Rows [r, r + mr) x columns [column, column + columns) from a buffer of kPanel columns.
-  void write(const float* buffer, int64_t r, int64_t mr, int64_t column, int64_t columns) const {
+  void write(const float* buffer, int64_t r, int64_t mr, int64_t column, int64_t columns) {
     Epilogue e;
     e.output_scale = linear_.output_scale;
     e.activation = output_.activation;
@@ -36,42 +33,85 @@ class Sink {
     e.out = row(r, column), e.out_pitch = output_.out_pitch;
     e.dtype = output_.dtype;
     e.code_step = output_.code_step, e.code_zero = output_.code_zero;
-    if (linear_.column) return scatter(buffer, r, mr, linear_.column + column, columns, e);
+    if (linear_.column) return scatter(buffer, r, mr, column, columns, e);
     kernels_.epilogue(buffer, static_cast<int>(mr), columns, e);
   }
 
  private:
+  bool nothing_to_do() const { return output_.activation == Activation::none && linear_.output_scale <= 0.0f; }
+
+  // Outputs of a panel that stand side by side in Y, too.
+  struct Stretch {
+    int64_t from, to, count;
+  };
+  static constexpr int64_t kStretchedRows = 4;  // fewer are over before stretches are found
+
   // The same for outputs that stand in another order than the columns of Y.
-  void scatter(const float* buffer, int64_t r, int64_t mr, const uint32_t* to, int64_t columns, Epilogue e) const {
+  void scatter(const float* buffer, int64_t r, int64_t mr, int64_t column, int64_t columns, Epilogue e) {
     alignas(64) float gathered[kMatrixRows * kPanel], made[kMatrixRows * kPanel];
-    e.out = made, e.out_pitch = kPanel;
     if (output_.residual) {
-      for (int64_t i = 0; i < mr; ++i)
-        for (int64_t c = 0; c < columns; ++c) gathered[i * kPanel + c] = *residual(r + i, to[c]);
+      each_stretch(mr, column, columns, [&](int64_t i, int64_t from, int64_t to, int64_t count) {
+        copy(residual(r + i, to), gathered + i * kPanel + from, count);
+      });
       e.residual = gathered, e.residual_pitch = kPanel;
     }
-    kernels_.epilogue(buffer, static_cast<int>(mr), columns, e);
+    const void* outputs = buffer;
+    if (output_.residual || !nothing_to_do() || output_.dtype != Dtype::f32) {
+      e.out = made, e.out_pitch = kPanel;
+      kernels_.epilogue(buffer, static_cast<int>(mr), columns, e);
+      outputs = made;
+    }
     switch (dtype_size(output_.dtype)) {
       case 4:
-        return place<uint32_t>(made, r, mr, to, columns);
+        return place<uint32_t>(outputs, r, mr, column, columns);
       case 2:
-        return place<uint16_t>(made, r, mr, to, columns);
+        return place<uint16_t>(outputs, r, mr, column, columns);
       default:
-        return place<uint8_t>(made, r, mr, to, columns);
+        return place<uint8_t>(outputs, r, mr, column, columns);
     }
   }
   template <class T>
-  void place(const void* made, int64_t r, int64_t mr, const uint32_t* to, int64_t columns) const {
-    const T* from = static_cast<const T*>(made);
-    for (int64_t i = 0; i < mr; ++i, from += kPanel) {
-      T* out = static_cast<T*>(row(r + i, 0));
-      for (int64_t c = 0; c < columns; ++c) out[to[c]] = from[c];
+  void place(const void* outputs, int64_t r, int64_t mr, int64_t column, int64_t columns) {
+    each_stretch(mr, column, columns, [&](int64_t i, int64_t from, int64_t to, int64_t count) {
+      copy(static_cast<const T*>(outputs) + i * kPanel + from, static_cast<T*>(row(r + i, to)), count);
+    });
+  }
+
+  // Calls see(row, place in the panel, column of Y, outputs). Row by row: lines of many rows that lie 4 KiB apart would
+  // drive each other out of the L1.
+  template <class See>
+  void each_stretch(int64_t mr, int64_t column, int64_t columns, See&& see) {
+    const uint32_t* const to = linear_.column + column;
+    if (mr < kStretchedRows) {
+      for (int64_t i = 0; i < mr; ++i)
+        for (int64_t c = 0; c < columns; ++c) see(i, c, int64_t{to[c]}, int64_t{1});
+      return;
     }
+    if (column != stretched_) {
+      stretched_ = column, stretches_ = 0;
+      for (int64_t c = 0; c < columns; ++c)
+        if (c && to[c] == to[c - 1] + 1)
+          ++stretch_[stretches_ - 1].count;
+        else
+          stretch_[stretches_++] = {c, to[c], 1};
+    }
+    for (int64_t i = 0; i < mr; ++i)
+      for (int64_t s = 0; s < stretches_; ++s) see(i, stretch_[s].from, stretch_[s].to, stretch_[s].count);
+  }
+  template <class T>
+  static void copy(const T* from, T* to, int64_t count) {
+    int64_t c = 0;
+    for (; c + 8 <= count; c += 8) std::memcpy(to + c, from + c, 8 * sizeof(T));
+    if (count & 4) std::memcpy(to + c, from + c, 4 * sizeof(T)), c += 4;
+    if (count & 2) std::memcpy(to + c, from + c, 2 * sizeof(T)), c += 2;
+    if (count & 1) to[c] = from[c];
   }
 
   const Linear& linear_;
   const Output& output_;
   const RowKernels& kernels_ = row_kernels();
+  int64_t stretched_ = -1, stretches_ = 0;  // the column that the panel whose stretches these are begins with
+  Stretch stretch_[kPanel];
 };
 
 // 1, 2 or 4 rows at a time straight from the planes.
@@ -186,7 +226,7 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
   const bool may_list = tiles.ordered > 0 && grouped && !along_k && linear.kd <= kMostOrdered;
   const bool listed_all = in_lists(linear);
   const bool foreign = linear.ordered && !listed_all;  // packed under another ISA
-  const Sink sink(linear, output);
+  Sink sink(linear, output);
   Narrow narrow(linear, rows);
   alignas(64) float buffer[kMatrixRows * kPanel];
   const MatrixUnit unit(rows.matrix ? matrix_kernels(linear.kind) : nullptr);
@@ -276,7 +316,7 @@ void gemm_tokens(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1,
                  const Output& output, const void* start) {
   static constexpr int32_t kNothing[kPanel] = {};
   const TileKernels& tiles = tile_kernels(linear.kind);
-  const Sink sink(linear, output);
+  Sink sink(linear, output);
   const auto run = tiles.tokens[linear.features / 2];
   const int64_t blocks = token_blocks(linear);
   uint32_t* const sums = token_sums.get<uint32_t>(kTokenPanels * kPanel * kTokenGroups * kTokens);
