@@ -219,11 +219,12 @@ def _memory(run: Run, plt: Any) -> Any:
     bars = [(f"{way}: {moment}", run.find(way, "memory_mb", moment)) for way in ways for moment in ("peak", "after")]
     bars.insert(0, ("the fp32 model", run.find(ways[0], "memory_mb", "model")))
     forms = run.providers("encoder_mb")
+    places = dict.fromkeys(row.x_value for row in run.rows if row.metric == "encoder_mb")
     shares = [
-        (f"{form}: {label}", run.find(form, "encoder_mb", where).median / run.find("fp32", "encoder_mb", where).median)
+        (f"{form}: {where}", run.find(form, "encoder_mb", where).median / run.find("fp32", "encoder_mb", where).median)
         for form in forms
         if form != "fp32"
-        for where, label in (("file", "file"), ("memory", "memory"))
+        for where in places
     ]
     figure, grid = plt.subplots(
         1, 1 + bool(shares), figsize=(6.5 * (1 + bool(shares)), 1 + 0.26 * len(bars)), squeeze=False

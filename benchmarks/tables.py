@@ -248,10 +248,12 @@ def _memory(run: Run) -> list[tuple[str, Table]]:
         table.add_row(way, f"{mb['peak']:,.0f}", f"{mb['after']:,.0f}", allowed)
     made = [("resident MB while BERT-base is quantized, above the process without a model", table)]
     if run.providers("encoder_mb"):
-        table = _table("", "file", "share of fp32", "resident", "share of fp32")
+        places = list(dict.fromkeys(row.x_value for row in run.rows if row.metric == "encoder_mb"))
+        labels = [{"memory": "resident"}.get(where, where) for where in places]
+        table = _table("", *(title for label in labels for title in (label, "share of fp32")))
         for form in run.providers("encoder_mb"):
             cells = []
-            for where in ("file", "memory"):
+            for where in places:
                 mb, whole = (run.find(each, "encoder_mb", where).median for each in (form, "fp32"))
                 cells += [f"{mb:.1f}", f"{mb / whole:.4f}"]
             table.add_row(form, *cells)

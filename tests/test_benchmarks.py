@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import (
     demo,
@@ -279,9 +281,20 @@ def memory_run() -> results.Run:
         for moment, mb in {"model": 438.0, "layer": 28.0, "peak": 441.0, "after": 202.0}.items():
             run.add("memory", way, "memory_mb", ("moment", moment), (mb, mb, mb))
     for form, mb in {"fp32": 340.0, "int8": 86.0, "4n128": 43.5}.items():
-        for where, value in {"file": mb, "memory": mb + 1}.items():
+        for where, value in {"file": mb, "tensors": mb + 0.5, "memory": mb + 1}.items():
             run.add("memory", form, "encoder_mb", ("where", where), (value,) * 3)
     return run
+
+
+def test_memory_that_tensors_share_counts_once():
+    from benchmarks import memory
+
+    gc.collect()
+    before = memory.tensors_mb()
+    made = torch.empty(500_000)
+    shared = made[10:]
+    assert memory.tensors_mb() - before == pytest.approx(2.0)
+    del made, shared
 
 
 @pytest.mark.parametrize("make", [made_run, demo_run, gemm_run, memory_run])
