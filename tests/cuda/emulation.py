@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 
 CSRC = ROOT / "csrc"
-EMULATOR = CSRC / "cuda" / "emulator" / "emulator.cpp"
+EMULATOR = [CSRC / "cuda" / "emulator" / name for name in ("emulator.cpp", "instructions.cpp")]
 GUARD = 4096
 FLAGS = [
     "-std=c++17",
@@ -161,11 +161,12 @@ def emulated(source: str | None, glue: str = "") -> Library:
     skip_without_emulator()
     include = f'#include "cuda/{source}"\n' if source else '#include "cuda/ptx.h"\n'
     kernels = _compile(Path(source or "glue").stem, include + glue.replace('extern "C"', EXPORT), *SEEN)
-    runner = _compile("emulator", EMULATOR.read_text(), "-O2")
-    library = kernels.with_suffix(".so")
+    runners = [_compile(path.stem, path.read_text(), "-O2") for path in EMULATOR]
+    parts = list(map(str, [kernels, *runners]))
+    library = kernels.with_suffix(f".{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}.so")
     if not library.exists():
         unfinished = library.with_suffix(f".{os.getpid()}.so")
-        command = [*compiler(), "-shared", str(kernels), str(runner), "-o", str(unfinished)]
+        command = [*compiler(), "-shared", *parts, "-o", str(unfinished)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         os.replace(unfinished, library)

@@ -1,8 +1,6 @@
+// Threads as fibers, their meeting points, memory and its checks; instructions.cpp has what warps compute together.
 #include "cuda/emulator/emulator.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <ucontext.h>
@@ -235,19 +233,6 @@ void check_shared(const char* p, size_t bytes, bool write) {
   }
 }
 
-bool is_shared(const char* p) { return p >= memory().arena() && p < memory().arena() + kArena; }
-
-void check_access(const void* pointer, size_t bytes, bool write) {
-  if (!active) return;
-  const char* p = static_cast<const char*>(pointer);
-  if (is_shared(p)) return check_shared(p, bytes, write);
-  for (const Tensor& t : tensors) {
-    if (p + bytes <= t.guard_begin || p >= t.guard_end || (p >= t.begin && p + bytes <= t.end)) continue;
-    fail("%s %zu bytes at byte %td of a tensor of %td", write ? "writes" : "reads", bytes, p - t.begin,
-         t.end - t.begin);
-  }
-}
-
 // Copies that nobody waited for end with their thread.
 void forget_copies(Fiber& fiber) {
   fiber.sent.push_back(std::move(fiber.open));
@@ -312,6 +297,23 @@ void fail(const char* format, ...) {
 }
 
 const Place& place() { return active->place; }
+int lane() { return static_cast<int>(active->current % 32); }
+
+bool is_shared(const void* pointer) {
+  const char* p = static_cast<const char*>(pointer);
+  return p >= memory().arena() && p < memory().arena() + kArena;
+}
+
+void check(const void* pointer, size_t bytes, bool write) {
+  if (!active) return;
+  const char* p = static_cast<const char*>(pointer);
+  if (is_shared(p)) return check_shared(p, bytes, write);
+  for (const Tensor& t : tensors) {
+    if (p + bytes <= t.guard_begin || p >= t.guard_end || (p >= t.begin && p + bytes <= t.end)) continue;
+    fail("%s %zu bytes at byte %td of a tensor of %td", write ? "writes" : "reads", bytes, p - t.begin,
+         t.end - t.begin);
+  }
+}
 
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* closure) {
   last_error.clear();
@@ -395,6 +397,11 @@ void block_sync(int line) {
   release_block();
 }
 
+void warp_sync(int line) {
+  meet("warp_sync", line, nullptr, active->warps.data() + active->current / 32,
+       [](const void* const(&)[32], void* const(&out)[32]) { ++static_cast<Warp*>(out[0])->syncs; });
+}
+
 // --- asynchronous copies ---------------------------------------------------------------------------------------------
 
 void cp_async(void* smem, const void* gmem, int size, int bytes) {
@@ -403,8 +410,8 @@ void cp_async(void* smem, const void* gmem, int size, int bytes) {
     fail("cp_async%d: expected addresses that are multiples of %d", size, size);
   char* to = static_cast<char*>(smem);
   if (!is_shared(to)) fail("cp_async%d: the target is not shared memory", size);
-  check_access(to, size, true);
-  if (bytes) check_access(gmem, bytes, false);
+  check(to, size, true);
+  if (bytes) check(gmem, bytes, false);
   memset(smem, kPoison, size);
   for (int i = 0; i < size; ++i)
     memory().history[to - memory().arena() + i].copier = static_cast<int16_t>(active->current);
@@ -423,160 +430,9 @@ void cp_async_wait(int groups) {
       memcpy(copy.smem, copy.gmem, copy.bytes);  // what others see is as new as the wait
       memset(copy.smem + copy.bytes, 0, copy.size - copy.bytes);
       for (int i = 0; i < copy.size; ++i) memory().history[copy.smem - memory().arena() + i].copier = -1;
-      check_access(copy.smem, copy.size, true);
+      check(copy.smem, copy.size, true);
     }
 }
-
-// --- matrices --------------------------------------------------------------------------------------------------------
-
-void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* row, int line) {
-  const int lane = static_cast<int>(active->current % 32);
-  if (lane < 8 * matrices) {
-    const char* from = static_cast<const char*>(row);
-    if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix of line %d: a row is not aligned to 16 bytes", line);
-    if (!is_shared(from)) fail("ldmatrix of line %d: a row is not in shared memory", line);
-    check_access(row, 16, false);
-  }
-  struct Load {
-    const void* row;
-    int matrices;
-    bool transposed;
-  } mine{row, matrices, transposed};
-  meet(transposed ? "ldmatrix.trans" : "ldmatrix", line, &mine, r,
-       [](const void* const(&in)[32], void* const(&out)[32]) {
-         const Load& load = *static_cast<const Load*>(in[0]);
-         for (int j = 0; j < load.matrices; ++j) {
-           uint16_t matrix[8][8];
-           for (int i = 0; i < 8; ++i) memcpy(matrix[i], static_cast<const Load*>(in[8 * j + i])->row, 16);
-           for (int l = 0; l < 32; ++l) {
-             const int g = l / 4, t = l % 4;
-             const uint32_t low = load.transposed ? matrix[2 * t][g] : matrix[g][2 * t];
-             const uint32_t high = load.transposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
-             static_cast<uint32_t*>(out[l])[j] = low | high << 16;
-           }
-         }
-       });
-}
-
-namespace {
-
-struct Fragments {
-  const uint32_t *a, *b;
-  Operand type;
-};
-
-int byte_of(uint32_t word, int i) { return static_cast<int>(word >> 8 * i & 0xff); }
-
-float element(uint32_t word, int i, Operand type) {
-  if (type == Operand::e4m3) {
-    __nv_fp8_e4m3 x;
-    x.__x = static_cast<__nv_fp8_storage_t>(byte_of(word, i));
-    return static_cast<float>(x);
-  }
-  const uint16_t bits = static_cast<uint16_t>(word >> 16 * i);
-  if (type == Operand::f16) return __half2float(__half(__half_raw{bits}));
-  return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{bits}));
-}
-
-}  // namespace
-
-void mma_int(int32_t* c, const uint32_t* a, const uint32_t* b, Operand a_type, int line) {
-  const Fragments mine{a, b, a_type};
-  meet(a_type == Operand::u8 ? "mma.m16n8k32.u8.s8" : "mma.m16n8k32.s8.s8", line, &mine, c,
-       [](const void* const(&in)[32], void* const(&out)[32]) {
-         int32_t A[16][32], B[32][8];
-         for (int lane = 0; lane < 32; ++lane) {
-           const Fragments& f = *static_cast<const Fragments*>(in[lane]);
-           const int g = lane / 4, t = lane % 4;
-           for (int r = 0; r < 4; ++r)
-             for (int e = 0; e < 4; ++e) {
-               const int x = byte_of(f.a[r], e);
-               A[g + 8 * (r % 2)][4 * t + 16 * (r / 2) + e] = f.type == Operand::u8 ? x : static_cast<int8_t>(x);
-             }
-           for (int r = 0; r < 2; ++r)
-             for (int e = 0; e < 4; ++e) B[4 * t + 16 * r + e][g] = static_cast<int8_t>(byte_of(f.b[r], e));
-         }
-         for (int lane = 0; lane < 32; ++lane) {
-           int32_t* const d = static_cast<int32_t*>(out[lane]);
-           for (int i = 0; i < 4; ++i) {
-             const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-             int32_t sum = 0;
-             for (int k = 0; k < 32; ++k) sum += A[row][k] * B[k][column];
-             d[i] = static_cast<int32_t>(static_cast<uint32_t>(d[i]) + static_cast<uint32_t>(sum));
-           }
-         }
-       });
-}
-
-void mma_float(float* c, const uint32_t* a, const uint32_t* b, Operand type, int line) {
-  const Fragments mine{a, b, type};
-  const char* what = type == Operand::e4m3  ? "mma.m16n8k32.e4m3"
-                     : type == Operand::f16 ? "mma.m16n8k16.f16"
-                                            : "mma.m16n8k16.bf16";
-  meet(what, line, &mine, c, [](const void* const(&in)[32], void* const(&out)[32]) {
-    float A[16][32], B[32][8];
-    const int each = static_cast<const Fragments*>(in[0])->type == Operand::e4m3 ? 4 : 2;  // elements of a register
-    for (int lane = 0; lane < 32; ++lane) {
-      const Fragments& f = *static_cast<const Fragments*>(in[lane]);
-      const int g = lane / 4, t = lane % 4;
-      for (int r = 0; r < 4; ++r)
-        for (int e = 0; e < each; ++e) A[g + 8 * (r % 2)][each * (t + 4 * (r / 2)) + e] = element(f.a[r], e, f.type);
-      for (int r = 0; r < 2; ++r)
-        for (int e = 0; e < each; ++e) B[each * (t + 4 * r) + e][g] = element(f.b[r], e, f.type);
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      float* const d = static_cast<float*>(out[lane]);
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-        double sum = d[i];  // the card's own order and width of accumulation are not documented
-        for (int k = 0; k < 8 * each; ++k) sum += static_cast<double>(A[row][k]) * B[k][column];
-        d[i] = static_cast<float>(sum);
-      }
-    }
-  });
-}
-
-void warp_sync(int line) {
-  meet("warp_sync", line, nullptr, active->warps.data() + active->current / 32,
-       [](const void* const(&)[32], void* const(&out)[32]) { ++static_cast<Warp*>(out[0])->syncs; });
-}
-
-// --- shuffles --------------------------------------------------------------------------------------------------------
-
-uint64_t shuffle(const Shuffle& mine, int line) {
-  uint64_t got = 0;
-  meet("a shuffle", line, &mine, &got, [](const void* const(&in)[32], void* const(&out)[32]) {
-    for (int lane = 0; lane < 32; ++lane) {
-      const int source = static_cast<const Shuffle*>(in[lane])->source & 31;
-      *static_cast<uint64_t*>(out[lane]) = static_cast<const Shuffle*>(in[source])->value;
-    }
-  });
-  return got;
-}
-
-uint32_t ballot(bool v, int line) {
-  uint32_t got = 0;
-  meet("a ballot", line, &v, &got, [](const void* const(&in)[32], void* const(&out)[32]) {
-    uint32_t votes = 0;
-    for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(*static_cast<const bool*>(in[lane])) << lane;
-    for (int lane = 0; lane < 32; ++lane) *static_cast<uint32_t*>(out[lane]) = votes;
-  });
-  return got;
-}
-
-// Fibers change only at meeting points: nothing comes between. Atomics of several threads are no race.
-int atomic_add(int* p, int v) {
-  const int old = *p;
-  *p = static_cast<int>(static_cast<uint32_t>(old) + static_cast<uint32_t>(v));
-  return old;
-}
-float atomic_add(float* p, float v) {
-  const float old = *p;
-  *p = old + v;
-  return old;
-}
-
-void check(const void* p, size_t bytes, bool write) { check_access(p, bytes, write); }
 
 }  // namespace bertkern::cuda::emulator
 

@@ -44,6 +44,7 @@ struct Place {
   uint3 block, thread;
 };
 const Place& place();
+int lane();  // of the warp
 
 // What a launch checks and runs: `body(closure)` in every thread of every block.
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* closure);
@@ -76,6 +77,9 @@ uint32_t ballot(bool v, int line);
 int atomic_add(int* p, int v);
 float atomic_add(float* p, float v);
 
+bool is_shared(const void* p);
+// Fails where this thread must not touch these bytes.
+void check(const void* p, size_t bytes, bool write);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace emulator
