@@ -15,6 +15,7 @@ from pathlib import Path
 from .results import Run, load
 from .sparse import skips
 from .tables import SparsePoint, facts_line, milliseconds, share_of_zeros
+from .tables_qbert import methods, score
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
@@ -174,6 +175,31 @@ def _groupwise(run: Run) -> str:
     return f"{text}\n\n{said}. Medians of {run.facts['rounds']} interleaved turns; {facts_line(run)}."
 
 
+def _qbert(run: Run) -> str:
+    """Scores of the first task by bits and groups: after training, and in training."""
+    metric, task = next((row.metric, row.config["task"]) for row in run.rows if row.metric in ("spearman", "accuracy"))
+    whole, trained = (score(run, method, metric, task, "fp32") for method in ("as is", "trained"))
+    columns, rows = methods(run, task), []
+    if whole:
+        size = run.find("as is", "size_mb", whole.x_value)
+        cells = [f"{trained.median:.4f}" if name == "qat" and trained else f"{whole.median:.4f}" for name in columns]
+        rows.append(["fp32", "32", f"{size.median:.0f}", *cells])
+    prefix = f"{task} "
+    for form in (x.removeprefix(prefix) for x in run.x_values(metric) if x.startswith(prefix)):
+        found = [score(run, name, metric, task, form) for name in columns]
+        first = next((row for row in found if row), None)
+        if first:
+            size, bits = run.find(first.provider, "size_mb", first.x_value), first.config["average_bits"]
+            scores = [f"{row.median:.4f}" if row else "-" for row in found]
+            rows.append([f"**{form}**", f"{bits:g}", f"{size.median:.0f}", *scores])
+    text = _markdown([f"{run.facts['model']}, {metric} on {task}", "bits", "MB", *columns], rows)
+    said = (
+        "minmax, mse and compensate round after training, qat trains with rounded weights (the median of its seeds; "
+        "fp32 there is trained as long); activations and tables have 8 bits"
+    )
+    return f"{text}\n\n{said[0].upper()}{said[1:]}. {facts_line(run)}."
+
+
 def _left_out(*runs: Run) -> str:
     """What the engines need without padding, or without some of the heads, of the time with them."""
     rows = []
@@ -193,6 +219,7 @@ PARTS = {
     ("sentences-minilm-2t",): _sentences,
     ("sparse-1t",): _sparse,
     ("groupwise-1t",): _groupwise,
+    ("qbert-minilm-2t",): _qbert,
     ("attention-12x64-2t",): _attention,
     ("padding-bert-base-2t", "heads-bert-base-heads@0.5-2t"): _left_out,
 }

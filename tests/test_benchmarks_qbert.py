@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 import torch
 
-from benchmarks import fetch, plots, qbert, tables
+from benchmarks import fetch, plots, qbert, readme_table, tables
 from benchmarks.groupings import config_of, parse_groupings
 from benchmarks.results import Run, load
 from tests.tiny_models import inputs, tiny
@@ -117,7 +117,7 @@ def test_kept_rows_that_are_none(scored, tmp_path, line):
 def test_tables_and_plot_and_files(scored, tmp_path):
     from rich.console import Console
 
-    run = qbert.run(only=["n128", "fp32", "k64"], threads=1)
+    run = qbert.run(only=["n128", "fp32", "k64"], threads=2)
     random = run.find("qat", "spearman", "STS-B 2/4n128 random")
     assert random.config["seeds"] == 3
     run.add("qbert", "torch-fp32", "sentences_s", ("sentences a call", "32"), (100.0, 90.0, 110.0))
@@ -130,6 +130,10 @@ def test_tables_and_plot_and_files(scored, tmp_path):
     assert "2/4n128 sensitivity" in text and "3.21x" in text and "Rotten Tomatoes, accuracy" in text
     assert plots.save(run, tmp_path / "qbert.png").stat().st_size > 5000
     assert isinstance(load(run.save(tmp_path)[0]), Run)
+    page = readme_table.table(tmp_path)
+    assert "| all-MiniLM-L6-v2, spearman on STS-B | bits | MB | minmax | mse | compensate | qat |" in page
+    assert "| fp32 | 32 | 80 | 0.7990 | 0.7990 | 0.7990 | 0.8090 |" in page
+    assert "| **2k64** | 2 | 5 | 0.7500 | 0.7500 | 0.7500 | 0.7600 |" in page and "Rotten Tomatoes" not in page
 
 
 def test_unknown_rows(scored):
