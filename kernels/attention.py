@@ -30,21 +30,18 @@ Known of these kernels is what Triton's interpreter and the machine code say; no
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 
 from .attention_forward import LOG2E, attend
 from .attention_gradients import attend_bias, attend_factors, attend_keys, attend_queries
-from .table import Entry
+from .launch import compile_options, on, upcast
+from .table import TYPES, Entry, opcodes
 
 MAX_HEAD_DIM = 128
-# The interpreter multiplies the bit patterns of bf16, silently: there, operands become fp32 first.
-INTERPRETED = bool(knobs.runtime.interpret)
 
 
 # --- which tile ----------------------------------------------------------------------------------------------------
@@ -64,10 +61,9 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        # Stated, because Triton's default for fp fusion differs between its versions, and because ptxas would rather
-        # spill than have fewer programs at a time.
+        # Stated, because ptxas would rather spill than have fewer programs at a time.
         most = {} if torch.version.hip else {"maxnreg": 255}
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, **most}
+        return {**compile_options(self.warps, self.stages, fuse=True), **most}
 
 
 def padded_head_dim(d: int) -> int:
@@ -168,11 +164,6 @@ def _readable_bias(bias: Tensor) -> Tensor:
     return padded[..., :length].expand(bias.shape)
 
 
-def _on(x: Tensor) -> Any:
-    """Launches go to the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _constants(tile: Tile, dtype: torch.dtype, d: int, causal: bool, bias: torch.dtype | None) -> dict[str, Any]:
     return {
         "D": d,
@@ -183,7 +174,7 @@ def _constants(tile: Tile, dtype: torch.dtype, d: int, causal: bool, bias: torch
         "CAUSAL": causal,
         "ALIGN": _alignment(dtype, d),
         "BIAS_ALIGN": 1 if bias is None else _alignment(bias),
-        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+        "UPCAST": upcast(dtype),
     }
 
 
@@ -221,8 +212,7 @@ def _launch(
     }
     if programs is None:
         programs = blocks_of(kernel, tile, sequences.max_length) * heads * sequences.count
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        # Launches go to the current device, which need not be the tensor's.
+    with on(q):
         slices = triton.cdiv(d, tile.slice) if "SLICE" in kernel.arg_names else 1
         kernel[(programs, slices)](**{name: arguments[name] for name in kernel.arg_names}, **tile.options)
 
@@ -336,25 +326,11 @@ class Form(NamedTuple):
         return "-".join(parts + ["causal"] * self.causal + ["some"] * self.some + ["counts"] * self.counts)
 
 
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# The multiplying instruction of sm_80 and what it takes along the sum; sm_90's names begin with 64 x columns.
-_MMA = {
-    torch.float16: ("HMMA.16816.F32", 16, ".F32"),
-    torch.bfloat16: ("HMMA.16816.F32.BF16", 16, ".F32.BF16"),
-    torch.float32: ("HMMA.1688.F32.TF32", 8, ".F32.TF32"),
-}
-
-
 def _opcodes(kernel: Any, dtype: torch.dtype, tile: Tile) -> dict[int, frozenset[str]]:
-    """What each generation multiplies with: tiles of fewer than 64 rows take sm_80's instruction everywhere."""
-    mma, depth, operands = _MMA[dtype]
     rows, across = (tile.keys, tile.queries) if kernel is attend_keys else (tile.queries, tile.keys)
-    if rows < 64:
-        return dict.fromkeys((80, 90, 100), frozenset({mma}))
     # Scores are `across` wide, what is summed of them is as wide as its slice; 8 warps halve that.
     widths = {across} if kernel in (attend_bias, attend_factors) else {across, tile.slice}
-    hopper = frozenset(f"HGMMA.64x{width * 4 // tile.warps}x{depth}{operands}" for width in widths)
-    return {80: frozenset({mma}), 90: hopper, 100: frozenset({"UTCHMMA"})}
+    return opcodes(dtype, rows, *(width * 4 // tile.warps for width in widths))
 
 
 # Lengths for the interpreter: tokens less than, as many as and more than a tile has, one alone, and none.

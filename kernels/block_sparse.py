@@ -23,7 +23,6 @@ Known of these kernels is what Triton's interpreter and the machine code say; no
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,14 +30,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from .int8_gemm import _finish
-from .table import PRECISION, Entry
+from .launch import compile_options, on, rows_of, upcast
+from .table import PRECISION, TYPES, Entry, opcodes
 
 SIDES = (16, 32, 64, 128)
-# The interpreter multiplies the bit patterns of bf16, silently: there, operands become fp32 first.
-INTERPRETED = bool(knobs.runtime.interpret)
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------
@@ -196,8 +193,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        # Stated, because Triton's default for fp fusion differs between its versions.
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return compile_options(self.warps, self.stages, fuse=True)
 
 
 def multiply_tile(dtype: torch.dtype, out_block: int, in_block: int, tokens: int) -> Tile:
@@ -279,41 +275,26 @@ def supported(block: tuple[int, int], dtype: torch.dtype) -> bool:
     return block[0] in SIDES and block[1] in SIDES and dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _rows_of(x: Tensor) -> Tensor:
-    """x as a matrix whose rows are contiguous; a copy only where they are not."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _on(x: Tensor) -> Any:
-    """Launches go to the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _multiply(x: Tensor, lists: Lists, values: Tensor, bias: Tensor | None, width: int, transposed: bool) -> Tensor:
-    rows = _rows_of(x)
+    rows = rows_of(x)
     y = x.new_empty(*x.shape[:-1], width)
     tokens = rows.shape[0]
     if tokens == 0 or width == 0:
         return y
     tile = multiply_tile(values.dtype, lists.out_block, lists.in_block, tokens)
     grid = (triton.cdiv(tokens, tile.rows) * triton.cdiv(width, tile.columns),)
-    with _on(x):
+    with on(x):
         multiply[grid](
             rows, lists.starts, lists.inner, lists.number, values, bias, y,
             tokens, rows.shape[1], width, rows.stride(0), width,
             **_multiply_constants(tile, lists.out_block, lists.in_block),
-            TRANSPOSED=transposed, UPCAST=_upcast(values.dtype), **tile.options,
+            TRANSPOSED=transposed, UPCAST=upcast(values.dtype), **tile.options,
         )  # fmt: skip
     return y
 
 
 def _multiply_constants(tile: Tile, out_block: int, in_block: int) -> dict[str, int]:
     return {"BT": tile.rows, "BN": tile.columns, "BK": tile.step, "OUT": out_block, "IN": in_block}
-
-
-def _upcast(dtype: torch.dtype) -> bool:
-    return INTERPRETED and dtype == torch.bfloat16
 
 
 def block_sparse_linear(x: Tensor, index: WeightIndex, values: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -329,16 +310,16 @@ def block_sparse_input_gradient(grad: Tensor, index: WeightIndex, values: Tensor
 def block_sparse_values_gradient(grad: Tensor, x: Tensor, index: WeightIndex) -> Tensor:
     """dvalues[b] = dy[:, its rows]^T x[:, its columns] for dy [..., N] and x [..., K]; [nnzb, br, bc], dtype of x."""
     (n, k), block = index.shape, index.block
-    dy, rows = _rows_of(grad), _rows_of(x)
+    dy, rows = rows_of(grad), rows_of(x)
     dvalues = x.new_empty(index.col.numel(), *block)
     if not dvalues.numel():
         return dvalues
     tile = sampled_tile(x.dtype, block)
     grid = (dvalues.numel() // (tile.rows * tile.columns),)
-    with _on(x):
+    with on(x):
         multiply_sampled[grid](
             dy, rows, index.row, index.col, dvalues, rows.shape[0], n, k, dy.stride(0), rows.stride(0),
-            **_sampled_constants(tile, block), UPCAST=_upcast(x.dtype), **tile.options,
+            **_sampled_constants(tile, block), UPCAST=upcast(x.dtype), **tile.options,
         )  # fmt: skip
     return dvalues
 
@@ -376,16 +357,16 @@ def block_sparse_linear_int8(
         residual: [T, N] in any float dtype.
         count: int32 [1], how many rows are wanted; the others are not written.
     """
-    codes = _rows_of(codes)
+    codes = rows_of(codes)
     tokens, width = codes.shape[0], index.shape[0]
     y = codes.new_empty(tokens, width, dtype=out_dtype)
     if tokens == 0 or width == 0:
         return y
-    residual = None if residual is None else _rows_of(residual)
+    residual = None if residual is None else rows_of(residual)
     lists = index.forward
     tile = multiply_tile(torch.int8, lists.out_block, lists.in_block, tokens)
     grid = (triton.cdiv(tokens, tile.rows) * triton.cdiv(width, tile.columns),)
-    with _on(codes):
+    with on(codes):
         multiply_int8[grid](
             codes, scale, zero, lists.starts, lists.inner, lists.number, values.contiguous(), weight_scale,
             None if zero is None else weight_sums, bias, residual, count, y,
@@ -397,35 +378,13 @@ def block_sparse_linear_int8(
 
 def _exact(tile: Tile) -> dict[str, Any]:
     # What is made of exact sums is rounded operation by operation, as on a processor.
-    return {**tile.options, "enable_fp_fusion": False}
+    return compile_options(tile.warps, tile.stages, fuse=False)
 
 
 # --- what is compiled ---------------------------------------------------------------------------------------------
 
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8"}
 _LISTS = {"starts": "*i32", "inner": "*i32", "number": "*i32"}
 _SIZES = {"T": "i32", "x_width": "i32", "y_width": "i32", "x_stride": "i32", "y_stride": "i32"}
-# The multiplying instruction of sm_80 and what it takes along the sum; sm_90's names begin with 64 x columns.
-_MMA = {
-    torch.float16: ("HMMA.16816.F32", 16, ".F32"),
-    torch.bfloat16: ("HMMA.16816.F32.BF16", 16, ".F32.BF16"),
-    torch.float32: ("HMMA.1688.F32.TF32", 8, ".F32.TF32"),
-    torch.int8: ("IMMA.16832.S8.S8", 32, ".S8.S8"),
-}
-
-
-def _opcodes(dtype: torch.dtype, tile: Tile) -> dict[int, frozenset[str]]:
-    """What each generation multiplies with: tiles of fewer than 64 rows take sm_80's instruction everywhere."""
-    mma, depth, operands = _MMA[dtype]
-    if tile.rows < 64:
-        return dict.fromkeys((80, 90, 100), frozenset({mma}))
-    # Triton knows sm_100's own instruction for int8 from 3.8 on.
-    newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-    if dtype != torch.int8:
-        names = {80: mma, 90: f"HGMMA.64x{tile.columns}x{depth}{operands}", 100: "UTCHMMA"}
-    else:
-        names = {80: mma, 90: f"IGMMA.64x{tile.columns}x{depth}{operands}", 100: "UTCIMMA" if newer else mma}
-    return {capability: frozenset({name}) for capability, name in names.items()}
 
 
 def _shapes(block: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
@@ -446,12 +405,12 @@ def _multiply_entry(dtype: torch.dtype, block: tuple[int, int], tokens: int, tra
         constexprs={
             **constants,
             "TRANSPOSED": transposed,
-            "UPCAST": _upcast(dtype),
+            "UPCAST": upcast(dtype),
             **({"bias": None} if transposed else {}),
         },
         options=tile.options,
         aligned=("x", "values", *bias, "y", "x_stride", "y_stride", "x_width", "y_width"),
-        opcodes=_opcodes(dtype, tile),
+        opcodes=opcodes(dtype, tile.rows, tile.columns),
         shapes=_shapes(block),
     )
 
@@ -472,7 +431,7 @@ def _int8_entry(block: tuple[int, int], tokens: int, out: torch.dtype, activatio
         constexprs={**_multiply_constants(tile, *block), **lacking, "ACTIVATION": activation or 0},
         options=_exact(tile),
         aligned=(*pointers, "x_stride", "y_stride", "residual_stride", "x_width", "y_width"),
-        opcodes=_opcodes(torch.int8, tile),
+        opcodes=opcodes(torch.int8, tile.rows, tile.columns),
         shapes=_shapes(block),
     )
 
@@ -488,10 +447,10 @@ def _sampled_entry(dtype: torch.dtype, block: tuple[int, int]) -> Entry:
             **dict.fromkeys(("row", "col"), "*i32"),
             **dict.fromkeys(("T", "N", "K", "dy_stride", "x_stride"), "i32"),
         },
-        constexprs={**_sampled_constants(tile, block), "UPCAST": _upcast(dtype)},
+        constexprs={**_sampled_constants(tile, block), "UPCAST": upcast(dtype)},
         options=tile.options,
         aligned=(*pointers, "N", "K", "dy_stride", "x_stride"),
-        opcodes=_opcodes(dtype, tile),
+        opcodes=opcodes(dtype, tile.rows, tile.columns),
         shapes=_shapes(block),
     )
 

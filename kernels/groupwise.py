@@ -37,7 +37,6 @@ Known of these kernels is what Triton's interpreter and the machine code say; no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,14 +44,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
+from .launch import compile_options, on, row_block, rows_of, upcast
 from .row_grid import nearest, own_zero, row_step
-from .table import Entry
+from .table import NO_PRODUCTS, TYPES, Entry, opcodes
 
 STRIP = 32
-# The interpreter multiplies the bit patterns of bf16, silently: there, operands become fp32 first.
-INTERPRETED = bool(knobs.runtime.interpret)
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------
@@ -354,12 +351,11 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        # Stated, because Triton's default for fp fusion differs between its versions.
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return compile_options(self.warps, self.stages, fuse=True)
 
 
-SMALL = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}  # of passes over rows and partial sums
-QUANTIZE = {**SMALL, "enable_fp_fusion": False}  # rounded apart, or codes were others than the CPU's
+SMALL = compile_options(4, 3, fuse=True)  # of passes over rows and partial sums
+QUANTIZE = compile_options(4, 3, fuse=False)  # rounded apart, or codes were others than the CPU's
 ADD_ROWS, ADD_FEATURES, SUM_ROWS = 16, 64, 8
 
 
@@ -436,21 +432,6 @@ def supported(dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16)
 
 
-def _rows_of(x: Tensor) -> Tensor:
-    """x as a matrix whose rows are contiguous; a copy only where they are not."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _on(x: Tensor) -> Any:
-    """Launches go to the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _block(width: int) -> int:
-    return min(1024, triton.next_power_of_2(max(width, 32)))
-
-
 class Codes(NamedTuple):
     """int8 activations [T, K] = (codes - zero) * scale.
 
@@ -475,7 +456,7 @@ def quantize_activations(x: Tensor, groups: int = 0, group: int = 0, step: float
         zero_point: of static ones, u = code + 128 around it (0: 128); of rows' own ranges 0: a zero point of each, 128:
             symmetric.
     """
-    rows = _rows_of(x)
+    rows = rows_of(x)
     (tokens, k), wanted = rows.shape, groups > 0
     # Rows of codes begin at multiples of 16 bytes.
     codes = x.new_empty(tokens, k + -k % 16, dtype=torch.int8)[:, :k]
@@ -485,10 +466,10 @@ def quantize_activations(x: Tensor, groups: int = 0, group: int = 0, step: float
     sums = x.new_empty(groups, tokens, dtype=torch.float32) if wanted else None
     groups, group = (groups, group) if wanted else (1, k)
     if tokens:
-        with _on(x):
+        with on(x):
             quantize[(tokens,)](
                 rows, codes, scale, zero, sums, tokens, k, groups, group, rows.stride(0), codes.stride(0), float(step),
-                zero_point - 128, BLOCK=_block(group), OWN=own, STATIC=step > 0, **QUANTIZE,
+                zero_point - 128, BLOCK=min(1024, row_block(group)), OWN=own, STATIC=step > 0, **QUANTIZE,
             )  # fmt: skip
     return Codes(codes, scale, zero, sums)
 
@@ -514,7 +495,7 @@ def groupwise_linear(
     """
     (n, k), groups = weight.shape, weight.scale.shape[0]
     coded = isinstance(x, Codes)
-    rows = _rows_of(x.codes if coded else x)
+    rows = rows_of(x.codes if coded else x)
     tokens = rows.shape[0]
     y = rows.new_empty(tokens, n, dtype=out_dtype)
     if tokens == 0 or n == 0:
@@ -524,11 +505,11 @@ def groupwise_linear(
     if weight.shift is not None and not coded:
         sums = rows.new_empty(groups, tokens, dtype=torch.float32)
         width = weight.group or k
-        with _on(rows):
+        with on(rows):
             sum_groups[(triton.cdiv(tokens, SUM_ROWS), groups)](
-                rows, sums, tokens, k, width, rows.stride(0), ROWS=SUM_ROWS, BLOCK=min(256, _block(width)), **SMALL
+                rows, sums, tokens, k, width, rows.stride(0), ROWS=SUM_ROWS, BLOCK=min(256, row_block(width)), **SMALL
             )  # fmt: skip
-    residual = None if residual is None else _rows_of(residual)
+    residual = None if residual is None else rows_of(residual)
     finish = {
         "T": tokens, "N": n, "groups": groups, "scale": weight.scale, "shift": weight.shift, "sums": sums,
         "x_scale": x.scale if coded else None, "x_zero": x.zero if coded else None,
@@ -538,7 +519,7 @@ def groupwise_linear(
     }  # fmt: skip
     narrow = k % 16 > 0 or rows.stride(0) % 16 > 0
     tile, exact = tile_of(tokens, weight.group, narrow), coded and not along_k
-    options = {"BT": tile.rows, "BN": tile.features, "STEP": tile.step, "UPCAST": _upcast(rows.dtype), **tile.options}
+    options = {"BT": tile.rows, "BN": tile.features, "STEP": tile.step, "UPCAST": upcast(rows.dtype), **tile.options}
     cut = [runs_of(n, weight.part(number)["strips"], splits) for number in parts]
     programs = triton.cdiv(tokens, tile.rows) * triton.cdiv(n, tile.features)
     apart = (programs < 128 if apart is None else apart) and cut[0][1] > 1
@@ -546,7 +527,7 @@ def groupwise_linear(
     slots = sum(splits for _, splits in cut) if along_k else cut[0][1]
     partial = rows.new_empty(slots, tokens, n, dtype=torch.int32 if exact else torch.float32) if apart else None
     slot = 0
-    with _on(rows):
+    with on(rows):
         for number in parts:
             part, (run, splits) = weight.part(number), cut[number]
             tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(part["features"], tile.features)
@@ -562,19 +543,8 @@ def groupwise_linear(
     return y
 
 
-def _upcast(dtype: torch.dtype) -> bool:
-    return INTERPRETED and dtype == torch.bfloat16
-
-
 # --- what is compiled ---------------------------------------------------------------------------------------------
 
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.int32: "i32"}
-# The multiplying instruction of sm_80 and what it takes along the sum; sm_90's names begin with 64 x tokens.
-_MMA = {
-    torch.float16: ("HMMA.16816.F32", 16, ".F32"),
-    torch.bfloat16: ("HMMA.16816.F32.BF16", 16, ".F32.BF16"),
-    torch.int8: ("IMMA.16832.S8.S8", 32, ".S8.S8"),
-}
 _SIZES = (
     "T", "N", "K", "groups", "features", "held", "strips", "pitch", "run", "splits", "slot", "x_stride",
     "residual_stride", "y_stride",
@@ -582,18 +552,6 @@ _SIZES = (
 _OPTIONAL = {
     "shift": "*fp32", "sums": "*fp32", "x_scale": "*fp32", "x_zero": "*i32", "column_sum": "*fp32", "bias": "*fp32",
 }  # fmt: skip
-
-
-def _opcodes(dtype: torch.dtype, tile: Tile) -> dict[int, frozenset[str]]:
-    """What each generation multiplies with."""
-    mma, depth, operands = _MMA[dtype]
-    if dtype != torch.int8:
-        names = {80: mma, 90: f"HGMMA.64x{tile.rows}x{depth}{operands}", 100: "UTCHMMA"}
-    else:
-        # Triton knows sm_100's own instruction for int8 from 3.8 on.
-        newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-        names = {80: mma, 90: f"IGMMA.64x{tile.rows}x{depth}{operands}", 100: "UTCIMMA" if newer else mma}
-    return {capability: frozenset({name}) for capability, name in names.items()}
 
 
 def _multiply_entry(
@@ -630,11 +588,11 @@ def _multiply_entry(
         constexprs={
             **none,
             "BT": tile.rows, "BN": tile.features, "STEP": tile.step, "BITS": bits, "GROUP": group, "ORDERED": ordered,
-            "PARTIAL": partial, "ACTIVATION": activation, "UPCAST": _upcast(dtype),
+            "PARTIAL": partial, "ACTIVATION": activation, "UPCAST": upcast(dtype),
         },
         options=tile.options,
         aligned=(*pointers, *(("pitch",) if odd else aligned)),
-        opcodes=_opcodes(dtype, tile),
+        opcodes=opcodes(dtype, tile.features, tile.rows),
         shapes=(shape,),
         fetches_ahead=not odd,
     )  # fmt: skip
@@ -642,8 +600,7 @@ def _multiply_entry(
 
 def _pass_entries() -> list[Entry]:
     """The passes beside the products: nothing in them multiplies on tensor cores."""
-    none = dict.fromkeys((80, 90, 100), frozenset())
-    common = {"options": SMALL, "opcodes": none, "shapes": (), "fetches_ahead": False}
+    common = {"options": SMALL, "opcodes": NO_PRODUCTS, "shapes": (), "fetches_ahead": False}
     finish = {"scale": "*fp32", **_OPTIONAL, "residual": "*bf16", "y": "*bf16"}
     sizes = dict.fromkeys(("T", "N", "groups", "slots", "residual_stride", "y_stride"), "i32")
     made = [

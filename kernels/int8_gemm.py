@@ -26,21 +26,18 @@ Known of these kernels is what Triton's interpreter and the machine code say; no
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from .groupwise import _activate
+from .launch import compile_options, on, upcast
 from .row_grid import nearest
-from .table import Entry
+from .table import NO_PRODUCTS, TYPES, Entry, opcodes
 
-# The interpreter multiplies no float8: there, operands become fp32 first.
-INTERPRETED = bool(knobs.runtime.interpret)
 FP8 = torch.float8_e4m3fn
 
 
@@ -217,12 +214,12 @@ class Tile(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         # Products and sums are rounded apart, as on a processor.
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        return compile_options(self.warps, self.stages, fuse=False)
 
 
 PROGRAMS = 128  # that fill a large GPU
 ADD_ROWS, ADD_FEATURES = 8, 64
-ADD = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
+ADD = compile_options(4, 2, fuse=False)
 LEAST_RUN = 256  # of K, which a program of its own is worth
 
 
@@ -262,11 +259,6 @@ def runs_of(tokens: int, n: int, k: int, tile: Tile, exact: bool) -> tuple[int, 
 
 
 # --- launchers -----------------------------------------------------------------------------------------------------
-
-
-def _on(x: Tensor) -> Any:
-    """Launches go to the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def int8_linear(
@@ -327,12 +319,12 @@ def int8_linear(
     }  # fmt: skip
     tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(n, tile.features)
     partial = x.new_empty(cut, tokens, n, dtype=torch.int32 if exact else torch.float32) if apart else None
-    with _on(x):
+    with on(x):
         multiply[(tiles * (cut if apart else 1),)](
             x=x, weight=weight, y=partial if apart else y, steps=None if apart else steps, width=width, run=run,
             splits=cut, x_stride=x.stride(0), pitch=weight.stride(0), y_stride=n, BT=tile.rows, BN=tile.features,
             BK=tile.step, EVEN=width % tile.step == 0, ORDERED=cut > 1 and not exact and not apart, PARTIAL=apart,
-            UPCAST=_upcast(x.dtype), **finish, **tile.options,
+            UPCAST=upcast(x.dtype), **finish, **tile.options,
         )  # fmt: skip
         if apart:
             add_in_order[(triton.cdiv(tokens, ADD_ROWS) * triton.cdiv(n, ADD_FEATURES),)](
@@ -341,16 +333,8 @@ def int8_linear(
     return y, steps
 
 
-def _upcast(dtype: torch.dtype) -> bool:
-    return INTERPRETED and dtype == FP8
-
-
 # --- what is compiled ---------------------------------------------------------------------------------------------
 
-TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8",
-    torch.int32: "i32", FP8: "fp8e4nv",
-}  # fmt: skip
 _SIZES = ("T", "N", "scale_step", "zero_step", "weight_step", "residual_stride", "y_stride", "splits", "out_zero")
 _MULTIPLY_SIZES = (*_SIZES, "width", "run", "x_stride", "pitch")
 _STEPS = ("output_scale", "out_scale")
@@ -358,19 +342,6 @@ _POINTERS = {
     "x_scale": "*fp32", "x_zero": "*i32", "weight_scale": "*fp32", "weight_sums": "*i32", "bias": "*fp32",
     "residual": "*fp16", "count": "*i32", "steps": "*fp32",
 }  # fmt: skip
-
-
-def _opcodes(dtype: torch.dtype, tile: Tile) -> dict[int, frozenset[str]]:
-    """What each generation multiplies with; sm_90's names begin with 64 x tokens."""
-    # Triton knows sm_100's own instruction for int8 from 3.8 on.
-    newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-    if dtype == torch.int8:
-        mma = "IMMA.16832.S8.S8"
-        names = {80: mma, 90: f"IGMMA.64x{tile.rows}x32.S8.S8", 100: "UTCIMMA" if newer else mma}
-    else:
-        # Older ones have no float8.
-        names = {90: f"QGMMA.64x{tile.rows}x32.F32.E4M3.E4M3", 100: "UTCQMMA"}
-    return {capability: frozenset({name}) for capability, name in names.items()}
 
 
 def _multiply_entry(
@@ -404,11 +375,11 @@ def _multiply_entry(
         constexprs={
             **dict.fromkeys(lacking),
             "BT": tile.rows, "BN": tile.features, "BK": tile.step, "EVEN": even, "ORDERED": ordered, "PARTIAL": partial,
-            "ACTIVATION": activation, "ROUND": rounds, "UPCAST": _upcast(dtype),
+            "ACTIVATION": activation, "ROUND": rounds, "UPCAST": upcast(dtype),
         },
         options=tile.options,
         aligned=(*(name for name in pointers if name != "count"), *sizes),
-        opcodes=_opcodes(dtype, tile),
+        opcodes=opcodes(dtype, tile.features, tile.rows),
         shapes=(shape,),
         fetches_ahead=n % 16 == 0,  # else the residual comes element by element
     )  # fmt: skip
@@ -432,7 +403,7 @@ def _add_entry(kind: str, out: torch.dtype) -> Entry:
         },
         options=ADD,
         aligned=(*(name for name in pointers if name != "count"), "N", "residual_stride", "y_stride"),
-        opcodes=dict.fromkeys((80, 90, 100), frozenset()),
+        opcodes=NO_PRODUCTS,
         shapes=(),
         fetches_ahead=False,
     )

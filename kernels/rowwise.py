@@ -25,19 +25,17 @@ Known of these kernels is what Triton's interpreter and the machine code say; no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
+from .launch import compile_options, on, row_block, rows_of
 from .row_grid import nearest, own_zero, row_step
-from .table import Entry
+from .table import NO_PRODUCTS, Entry
 
-INTERPRETED = bool(knobs.runtime.interpret)
 # The widest row that a program holds in registers.
 WIDEST = 16384
 TABLES = 3
@@ -271,22 +269,7 @@ def supported(width: int) -> bool:
 def _options(block: int) -> dict[str, Any]:
     # Products and sums are rounded apart, or codes were others than the CPU's and those of the CUDA twins.
     warps = 1 if block <= 256 else 2 if block <= 512 else 4 if block <= 2048 else 8 if block <= 8192 else 16
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
-
-
-def _block(width: int) -> int:
-    return max(32, triton.next_power_of_2(width))
-
-
-def _on(x: Tensor) -> Any:
-    """Launches go to the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    """x as a matrix whose rows are contiguous; a copy only where they are not."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return compile_options(warps, 1, fuse=False)
 
 
 def empty_codes(x: Tensor, step: float, zero_point: int) -> Codes:
@@ -320,11 +303,11 @@ def _code_arguments(made: Codes | None, step: float, zero_point: int) -> dict[st
 
 def quantize_rows(x: Tensor, step: float = 0.0, zero_point: int = 0, live: Tensor | None = None) -> Codes:
     """The codes of x [..., width]; step and zero_point as of `bertkern.ops.pack_qlinear`, live int32 [1]."""
-    rows = _rows_of(x)
+    rows = rows_of(x)
     made = empty_codes(rows, step, zero_point)
     if rows.shape[0]:
-        block = _block(rows.shape[1])
-        with _on(x):
+        block = row_block(rows.shape[1])
+        with on(x):
             quantize[(rows.shape[0],)](
                 rows, live=live, width=rows.shape[1], x_stride=rows.stride(0),
                 **_code_arguments(made, step, zero_point), BLOCK=block, **_options(block),
@@ -342,13 +325,13 @@ def add_layernorm(
     coded: tuple[float, int] | None = None,
 ) -> tuple[Tensor, Codes | None]:
     """LayerNorm(x + residual) of x's shape and dtype, and its codes where `coded` is their step and zero point."""
-    rows = _rows_of(x)
-    others = None if residual is None else _rows_of(residual)
+    rows = rows_of(x)
+    others = None if residual is None else rows_of(residual)
     y = rows.new_empty(rows.shape)
     made = None if coded is None else empty_codes(rows, *coded)
     if rows.shape[0]:
-        block = _block(rows.shape[1])
-        with _on(x):
+        block = row_block(rows.shape[1])
+        with on(x):
             normalize[(rows.shape[0],)](
                 rows, others, weight, bias, y, live=live, width=rows.shape[1], x_stride=rows.stride(0),
                 residual_stride=0 if others is None else others.stride(0), y_stride=y.stride(0), eps=eps,
@@ -395,8 +378,8 @@ def embeddings(
             f"scale_stride{i}": 1 if here and scale.numel() > 1 else 0,
             f"BITS{i}": row_bits(table, width) if here else 0,
         }
-    block = _block(width)
-    with _on(y):
+    block = row_block(width)
+    with on(y):
         embed[(batch * length,)](
             **arguments, weight=weight, bias=bias, y=y, length=length, width=width, y_stride=width, eps=eps,
             BLOCK=block, **_options(block),
@@ -409,8 +392,8 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = x.new_empty(index.shape[0], x.shape[1])
     if y.numel():
-        block = min(1024, _block(x.shape[1]))
-        with _on(x):
+        block = min(1024, row_block(x.shape[1]))
+        with on(x):
             gather[(y.shape[0], triton.cdiv(x.shape[1], block))](
                 x, index, y, x.shape[1], x.stride(0), y.stride(0), BLOCK=block, **_options(block)
             )
@@ -427,8 +410,8 @@ def arrangement(mask: Tensor, masked: int, empty_attends: bool) -> tuple[Tensor,
     )
     if not number:
         return source, place, ends.zero_(), keys.zero_()
-    block = _block(length)
-    with _on(mask):
+    block = row_block(length)
+    with on(mask):
         arrange[(batch,)](
             mask.view(torch.uint8), source, place, ends, keys, batch, length, mask.stride(0), BLOCK=block,
             EMPTY=empty_attends, ALL=masked == 2, NONE=masked == 0, **_options(block),
@@ -437,9 +420,6 @@ def arrangement(mask: Tensor, masked: int, empty_attends: bool) -> tuple[Tensor,
 
 
 # --- what is compiled ---------------------------------------------------------------------------------------------
-
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8"}
-_NO_PRODUCTS = dict.fromkeys((80, 90, 100), frozenset())
 
 
 def _entry(name: str, function: Any, pointers: dict[str, str], others: dict[str, str], constants: dict, block: int):
@@ -452,7 +432,7 @@ def _entry(name: str, function: Any, pointers: dict[str, str], others: dict[str,
         constexprs={**constants, **lacking, "BLOCK": block},
         options=_options(block),
         aligned=(*(n for n in pointers if n != "live"), *(n for n in others if n.endswith("stride"))),
-        opcodes=_NO_PRODUCTS,
+        opcodes=NO_PRODUCTS,
         shapes=(),
         fetches_ahead=False,
     )

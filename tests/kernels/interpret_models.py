@@ -29,7 +29,6 @@ class Counted:
 
     def __init__(self, name: str) -> None:
         self.module = _triton.kernels(name)
-        assert self.module.INTERPRETED != ON_CARD
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.module, name)

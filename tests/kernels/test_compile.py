@@ -12,7 +12,7 @@ BLOCK_SPARSE = kernels("block_sparse")
 OTHERS = ("attention", "groupwise", "int8_gemm", "rowwise")
 TABLE = sum((kernels(name).TABLE for name in OTHERS), BLOCK_SPARSE.TABLE)
 FORMS = [(entry, capability) for entry in TABLE for capability in entry.opcodes]
-knobs = BLOCK_SPARSE.knobs
+knobs = kernels("launch").knobs
 SHARED_BYTES = kernels("table").SHARED_BYTES
 
 
