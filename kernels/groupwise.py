@@ -46,7 +46,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import compile_options, on, row_block, rows_of, upcast
-from .row_grid import nearest, own_zero, row_step
+from .row_grid import code_arguments, code_of, empty_codes, row_codes, row_step
 from .table import NO_PRODUCTS, TYPES, Entry, opcodes
 
 STRIP = 32
@@ -295,14 +295,8 @@ def quantize(
     lowest, highest = tl.min(low, 0), tl.max(high, 0)
     size = row_step(lowest, highest, step, OWN, STATIC)
     inverse = tl.div_rn(1.0, size)
-    offset = 0.0
-    least, most = -127.0, 127.0
-    if OWN:
-        offset = own_zero(lowest, inverse)
-    elif zero is not None:
-        offset = static_zero.to(tl.float32)
+    offset, least, most = row_codes(lowest, inverse, zero, static_zero, OWN)
     if zero is not None:
-        least, most = -128.0 - offset, 127.0 - offset
         tl.store(zero + row, offset.to(tl.int32))
     tl.store(scale + row, tl.where(bad, float("nan"), size))
     sum_place = sums + row if sums is not None else None
@@ -312,9 +306,7 @@ def quantize(
             k = number * group + first + lane
             there = (first + lane < group) & (k < K)
             a = tl.load(place + k, mask=there, other=0).to(tl.float32)
-            # Clamped first: both would wrap.
-            a = tl.minimum(tl.maximum(tl.where(bad, 0.0, a) * inverse, least - 1.0), most + 1.0)
-            a = tl.minimum(tl.maximum(nearest(a), least), most)
+            a = code_of(tl.where(bad, 0.0, a), inverse, least, most)
             total += a
             tl.store(codes + row.to(tl.int64) * code_stride + k, (a + offset).to(tl.int8), mask=there)
         if sums is not None:
@@ -458,20 +450,16 @@ def quantize_activations(x: Tensor, groups: int = 0, group: int = 0, step: float
     """
     rows = rows_of(x)
     (tokens, k), wanted = rows.shape, groups > 0
-    # Rows of codes begin at multiples of 16 bytes.
-    codes = x.new_empty(tokens, k + -k % 16, dtype=torch.int8)[:, :k]
-    scale = x.new_empty(tokens, dtype=torch.float32)
-    own = step == 0 and zero_point == 0
-    zero = x.new_empty(tokens, dtype=torch.int32) if own or (step > 0 and zero_point not in (0, 128)) else None
+    made = empty_codes(rows, step, zero_point)
     sums = x.new_empty(groups, tokens, dtype=torch.float32) if wanted else None
     groups, group = (groups, group) if wanted else (1, k)
     if tokens:
         with on(x):
             quantize[(tokens,)](
-                rows, codes, scale, zero, sums, tokens, k, groups, group, rows.stride(0), codes.stride(0), float(step),
-                zero_point - 128, BLOCK=min(1024, row_block(group)), OWN=own, STATIC=step > 0, **QUANTIZE,
+                rows, sums=sums, T=tokens, K=k, groups=groups, group=group, x_stride=rows.stride(0),
+                **code_arguments(made, step, zero_point), BLOCK=min(1024, row_block(group)), **QUANTIZE,
             )  # fmt: skip
-    return Codes(codes, scale, zero, sums)
+    return Codes(*made, sums)
 
 
 def groupwise_linear(

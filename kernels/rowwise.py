@@ -6,15 +6,9 @@
     gather      y[r] = x[index[r]], zeros where the index is negative
     arrange     where the tokens of a padded batch stand once the padding is left out
 
-The formulas are those of csrc/cpu/rowwise/rowwise.h; sums are fp32. A code is a signed one, 128 less than the unsigned
-code of the CPU's kernels, and so is its zero point:
-
-    own range (OWN)   scale = (hi - lo) / 255, zero = round(-lo / scale) - 128, lo <= 0 <= hi the row's ends
-    symmetric         scale = max|x| / 127, zero = 0, codes from -127 to 127
-    static (STATIC)   scale = the given step; the given zero point, or none and codes from -127 to 127
-
-A scale below the normal numbers is 1. A row that is not finite has a NaN for its scale, and codes of zero. Codes are
-made of y as it is stored, so `normalize` gives those that `quantize` would give of its y.
+The formulas are those of csrc/cpu/rowwise/rowwise.h, those of codes stand in row_grid.py; sums are fp32. A row that is
+not finite has a NaN for its scale, and codes of zero. Codes are made of y as it is stored, so `normalize` gives those
+that `quantize` would give of its y.
 
 `live` counts, on the device, the rows that are there: those from it on come out as zeros (scale 1), and what x has
 there is not read. So grids are sized for the padded batch, and one CUDA graph serves every mask.
@@ -25,7 +19,7 @@ Known of these kernels is what Triton's interpreter and the machine code say; no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -33,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import compile_options, on, row_block, rows_of
-from .row_grid import nearest, own_zero, row_step
+from .row_grid import Codes, code_arguments, code_of, empty_codes, row_codes, row_step
 from .table import NO_PRODUCTS, Entry
 
 # The widest row that a program holds in registers.
@@ -56,19 +50,11 @@ def _codes(
     lowest, highest = tl.minimum(tl.min(x, 0), 0.0), tl.maximum(tl.max(x, 0), 0.0)
     size = row_step(lowest, highest, step, OWN, STATIC)
     inverse = tl.div_rn(1.0, size)
-    offset = 0.0
-    least, most = -127.0, 127.0
-    if OWN:
-        offset = own_zero(lowest, inverse)
-    elif zero is not None:
-        offset = static_zero.to(tl.float32)
+    offset, least, most = row_codes(lowest, inverse, zero, static_zero, OWN)
     if zero is not None:
-        least, most = -128.0 - offset, 127.0 - offset
         tl.store(zero + row, tl.where(there, offset, 0.0).to(tl.int32))
     tl.store(scale + row, tl.where(there, tl.where(bad, float("nan"), size), 1.0))
-    # Clamped first: what is larger would wrap.
-    a = tl.minimum(tl.maximum(tl.where(bad, 0.0, x) * inverse, least - 1.0), most + 1.0)
-    a = tl.minimum(tl.maximum(nearest(a), least), most) + offset
+    a = code_of(tl.where(bad, 0.0, x), inverse, least, most) + offset
     tl.store(codes + row.to(tl.int64) * code_stride + lane, tl.where(there, a, 0.0).to(tl.int8), mask=inside)
 
 
@@ -253,14 +239,6 @@ def arrange(
 # --- launchers -----------------------------------------------------------------------------------------------------
 
 
-class Codes(NamedTuple):
-    """int8 activations [rows, width] = (codes - zero) * scale; scale fp32 [rows], zero int32 [rows] or None (0)."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-
-
 def supported(width: int) -> bool:
     """Whether there are kernels for rows of this width."""
     return 0 < width <= WIDEST
@@ -272,35 +250,6 @@ def _options(block: int) -> dict[str, Any]:
     return compile_options(warps, 1, fuse=False)
 
 
-def empty_codes(x: Tensor, step: float, zero_point: int) -> Codes:
-    """Memory for the codes of x [rows, width], whose rows begin at multiples of 16 bytes."""
-    rows, width = x.shape
-    codes = x.new_empty(rows, width + -width % 16, dtype=torch.int8)[:, :width]
-    zero = None if symmetric(step, zero_point) else x.new_empty(rows, dtype=torch.int32)
-    return Codes(codes, x.new_empty(rows, dtype=torch.float32), zero)
-
-
-def symmetric(step: float, zero_point: int) -> bool:
-    """Whether codes of this step and zero point (as of `bertkern.ops.pack_qlinear`) have no zero points."""
-    return zero_point == 128 or (step > 0 and zero_point == 0)
-
-
-def _code_arguments(made: Codes | None, step: float, zero_point: int) -> dict[str, Any]:
-    if made is None:
-        nothing = dict.fromkeys(("codes", "scale", "zero"))
-        return {**nothing, "code_stride": 0, "step": 1.0, "static_zero": 0, "OWN": False, "STATIC": True}
-    return {
-        "codes": made.codes,
-        "scale": made.scale,
-        "zero": made.zero,
-        "code_stride": made.codes.stride(0),
-        "step": float(step),
-        "static_zero": zero_point - 128,
-        "OWN": made.zero is not None and step == 0,
-        "STATIC": step > 0,
-    }
-
-
 def quantize_rows(x: Tensor, step: float = 0.0, zero_point: int = 0, live: Tensor | None = None) -> Codes:
     """The codes of x [..., width]; step and zero_point as of `bertkern.ops.pack_qlinear`, live int32 [1]."""
     rows = rows_of(x)
@@ -310,7 +259,7 @@ def quantize_rows(x: Tensor, step: float = 0.0, zero_point: int = 0, live: Tenso
         with on(x):
             quantize[(rows.shape[0],)](
                 rows, live=live, width=rows.shape[1], x_stride=rows.stride(0),
-                **_code_arguments(made, step, zero_point), BLOCK=block, **_options(block),
+                **code_arguments(made, step, zero_point), BLOCK=block, **_options(block),
             )  # fmt: skip
     return made
 
@@ -335,7 +284,7 @@ def add_layernorm(
             normalize[(rows.shape[0],)](
                 rows, others, weight, bias, y, live=live, width=rows.shape[1], x_stride=rows.stride(0),
                 residual_stride=0 if others is None else others.stride(0), y_stride=y.stride(0), eps=eps,
-                **_code_arguments(made, *(coded or (0.0, 0))), BLOCK=block, **_options(block),
+                **code_arguments(made, *(coded or (0.0, 0))), BLOCK=block, **_options(block),
             )  # fmt: skip
     return y.view(x.shape), made
 
