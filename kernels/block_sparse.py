@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .int8_gemm import _finish
+from .epilogue import finish_8bit, rows_wanted
 from .launch import compile_options, on, rows_of, upcast
 from .table import PRECISION, TYPES, Entry, opcodes
 
@@ -130,9 +130,7 @@ def multiply_int8(
     """
     tiles = tl.cdiv(y_width, BN)
     tile, top = tl.program_id(0) % tiles, tl.program_id(0) // tiles * BT
-    last = T
-    if count is not None:
-        last = tl.minimum(T, tl.load(count))
+    last = rows_wanted(T, count)
     if top >= last:
         return
     rows = top + tl.arange(0, BT)
@@ -141,7 +139,7 @@ def multiply_int8(
         x, x_stride, rows, live, x_width, starts, inner, number, values, tile, BT, BN, BK, OUT, IN, False, False
     )
     columns = tile * BN + tl.arange(0, BN)
-    _finish(
+    finish_8bit(
         tl.trans(total), rows, live, columns, columns < y_width, tile, x_scale, x_zero, weight_scale, weight_sums, bias,
         residual, y, None, 1, 1, 1, residual_stride, y_stride, 0.0, 0.0, 0, ACTIVATION, False,
     )  # fmt: skip

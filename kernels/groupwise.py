@@ -45,6 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .epilogue import activate, add_partials, store_partial
 from .launch import compile_options, on, row_block, rows_of, upcast
 from .row_grid import code_arguments, code_of, empty_codes, row_codes, row_step
 from .table import NO_PRODUCTS, TYPES, Entry, opcodes
@@ -152,29 +153,6 @@ def _sum_of_strips(
 
 
 @triton.jit
-def _tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))
-    size = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -size, size)
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """Numbered as in bertkern.nn.activations: none, gelu, gelu_tanh, relu, tanh, silu."""
-    if ACTIVATION == 1:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == 2:
-        x = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == 3:
-        x = tl.where(x < 0, 0.0, x)
-    elif ACTIVATION == 4:
-        x = tl.where(x != x, x, _tanh(x))
-    elif ACTIVATION == 5:
-        x = x / (1.0 + tl.exp(-x))
-    return x
-
-
-@triton.jit
 def _finish(
     total, rows, live, column, inside, T, N, groups, scale, shift, sums, x_scale, x_zero, column_sum, bias,
     residual, residual_stride, y, y_stride,
@@ -198,7 +176,7 @@ def _finish(
         result = result * tl.load(x_scale + rows, mask=live, other=0)[None, :]
     if bias is not None:
         result += tl.load(bias + column, mask=inside, other=0)[:, None]
-    result = _activate(result, ACTIVATION)
+    result = activate(result, ACTIVATION)
     stored = inside[:, None] & live[None, :]
     row = rows.to(tl.int64)[None, :]
     if residual is not None:
@@ -241,8 +219,7 @@ def multiply(
                 split * run, tl.minimum(split * run + run, strips), BT, BN, STEP, BITS, GROUP, UPCAST,
             )  # fmt: skip
     if PARTIAL:
-        out = y + (slot + above // tokens).to(tl.int64) * T * N + rows.to(tl.int64)[None, :] * N + column[:, None]
-        tl.store(out, total, mask=inside[:, None] & live[None, :])
+        store_partial(total, y, slot + above // tokens, rows, column, live, inside, T, N)
     else:
         _finish(
             total, rows, live, column, inside, T, N, groups, scale, shift, sums, x_scale, x_zero, column_sum, bias,
@@ -261,11 +238,7 @@ def add_in_order(
     column = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
     rows = tl.program_id(0) // tiles * BT + tl.arange(0, BT)
     live, inside = rows < T, column < N
-    place = partial + rows.to(tl.int64)[None, :] * N + column[:, None]
-    total = tl.zeros((BN, BT), partial.dtype.element_ty)
-    for _ in range(slots):
-        total += tl.load(place, mask=inside[:, None] & live[None, :], other=0)
-        place += T.to(tl.int64) * N
+    total = add_partials(partial, slots, rows, column, live, inside, T, N, BT, BN)
     _finish(
         total, rows, live, column, inside, T, N, groups, scale, shift, sums, x_scale, x_zero, column_sum, bias,
         residual, residual_stride, y, y_stride, GROUP, ACTIVATION,

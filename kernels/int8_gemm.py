@@ -33,9 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .groupwise import _activate
+from .epilogue import add_partials, finish_8bit, rows_wanted, store_partial
 from .launch import compile_options, on, upcast
-from .row_grid import nearest
 from .table import NO_PRODUCTS, TYPES, Entry, opcodes
 
 FP8 = torch.float8_e4m3fn
@@ -74,56 +73,6 @@ def _sum(
     return total
 
 
-@triton.jit
-def _clamp(x, low, high):
-    """Of numbers; NaN becomes the lowest."""
-    x = tl.where(x > low, x, low)
-    return tl.where(x < high, x, high)
-
-
-@triton.jit
-def _finish(
-    total, rows, live, columns, inside, tile, x_scale, x_zero, weight_scale, weight_sums, bias, residual, y, steps,
-    scale_step, zero_step, weight_step, residual_stride, y_stride, output_scale, out_scale, out_zero,
-    ACTIVATION: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """Stores y of the sums [BN, BT]; the first tile of these rows stores the steps of codes too."""
-    if x_zero is not None:
-        zero = tl.load(x_zero + rows * zero_step, mask=live, other=0)
-        total -= tl.load(weight_sums + columns, mask=inside, other=0)[:, None] * zero[None, :]
-    of_row = tl.load(x_scale + rows * scale_step, mask=live, other=0)
-    of_feature = tl.load(weight_scale + columns * weight_step, mask=inside, other=0)
-    result = total.to(tl.float32) * (of_row[None, :] * of_feature[:, None])
-    if bias is not None:
-        result += tl.load(bias + columns, mask=inside, other=0)[:, None]
-    if ROUND:
-        whole = result * tl.div_rn(1.0, output_scale)
-        # A NaN stays one.
-        whole = tl.where(whole < -127.0, -127.0, tl.where(whole > 127.0, 127.0, whole))
-        result = nearest(whole) * output_scale
-    result = _activate(result, ACTIVATION)
-    stored = inside[:, None] & live[None, :]
-    row = rows.to(tl.int64)[None, :]
-    if residual is not None:
-        result += tl.load(residual + row * residual_stride + columns[:, None], mask=stored, other=0).to(tl.float32)
-    if steps is not None:
-        SIGNED: tl.constexpr = y.dtype.element_ty == tl.int8
-        # Without a zero point signed codes lie around it.
-        low = (tl.where(out_zero == 0, -127, -128) if SIGNED else 0) - out_zero
-        high = (127 if SIGNED else 255) - out_zero
-        whole = _clamp(result * tl.div_rn(1.0, out_scale), low - 1.0, high + 1.0)
-        whole = _clamp(nearest(whole), low.to(tl.float32), high.to(tl.float32))
-        tl.store(
-            y + row * y_stride + columns[:, None], (whole.to(tl.int32) + out_zero).to(y.dtype.element_ty), mask=stored
-        )
-        # A code cannot say NaN: the row's step does.
-        if tile == 0:
-            fine = tl.abs(of_row) < float("inf")
-            tl.store(steps + rows, tl.where(fine, out_scale, float("nan")), mask=live)
-    else:
-        tl.store(y + row * y_stride + columns[:, None], result.to(y.dtype.element_ty), mask=stored)
-
-
 @triton.jit(do_not_specialize=["T", "splits", "out_zero"])
 def multiply(
     x, x_scale, x_zero, weight, weight_scale, weight_sums, bias, residual, count, y, steps,
@@ -140,9 +89,7 @@ def multiply(
     tiles, above = tl.cdiv(N, BN), tl.cdiv(T, BT)
     tile, split = tl.program_id(0) % tiles, tl.program_id(0) // (tiles * above)
     top = tl.program_id(0) // tiles % above * BT
-    last = T
-    if count is not None:
-        last = tl.minimum(T, tl.load(count))
+    last = rows_wanted(T, count)
     if top >= last:
         return
     columns, rows = tile * BN + tl.arange(0, BN), top + tl.arange(0, BT)
@@ -161,10 +108,9 @@ def multiply(
                 number * run, tl.minimum(number * run + run, width), BT, BN, BK, EVEN, UPCAST,
             )  # fmt: skip
     if PARTIAL:
-        out = y + split.to(tl.int64) * T * N + rows.to(tl.int64)[None, :] * N + columns[:, None]
-        tl.store(out, total, mask=inside[:, None] & live[None, :])
+        store_partial(total, y, split, rows, columns, live, inside, T, N)
     else:
-        _finish(
+        finish_8bit(
             total, rows, live, columns, inside, tile, x_scale, x_zero, weight_scale, weight_sums, bias, residual,
             y, steps, scale_step, zero_step, weight_step, residual_stride, y_stride, output_scale, out_scale, out_zero,
             ACTIVATION, ROUND,
@@ -180,19 +126,13 @@ def add_in_order(
     """y[T, N] of partial [splits, T, N], added one after the other."""
     tiles = tl.cdiv(N, BN)
     tile, top = tl.program_id(0) % tiles, tl.program_id(0) // tiles * BT
-    last = T
-    if count is not None:
-        last = tl.minimum(T, tl.load(count))
+    last = rows_wanted(T, count)
     if top >= last:
         return
     columns, rows = tile * BN + tl.arange(0, BN), top + tl.arange(0, BT)
     inside, live = columns < N, rows < last
-    place = partial + rows.to(tl.int64)[None, :] * N + columns[:, None]
-    total = tl.zeros((BN, BT), partial.dtype.element_ty)
-    for _ in range(splits):
-        total += tl.load(place, mask=inside[:, None] & live[None, :], other=0)
-        place += T.to(tl.int64) * N
-    _finish(
+    total = add_partials(partial, splits, rows, columns, live, inside, T, N, BT, BN)
+    finish_8bit(
         total, rows, live, columns, inside, tile, x_scale, x_zero, weight_scale, weight_sums, bias, residual,
         y, steps, scale_step, zero_step, weight_step, residual_stride, y_stride, output_scale, out_scale, out_zero,
         ACTIVATION, ROUND,
