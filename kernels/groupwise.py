@@ -23,13 +23,16 @@ other:
 P is the number of features, filled up to 128. So a tile of features is one run of bytes, a shift and a mask make a
 strip of codes in registers, and no code moves between lanes. The planes of a part follow each other, widest first.
 Features (along N) or groups (along K) of equal bits make a part, and a part is a launch; its `members` name them where
-there are several parts. Parts along K leave sums to the ordered pass below.
+there are several parts. Parts along K leave their sums to `add_in_order`.
 
 Numerics: a layer's columns are cut into `splits` runs of strips by its shape alone. For few tokens a run is a program
 of its own and a second pass adds the runs in order; for many a program takes all runs and adds them in that order. No
 atomics: the same sums at every run, and for a row whatever stands beside it.
 
 Rows of the operands should begin at multiples of 16 bytes; elsewhere loads are narrow and slow.
+
+The kernels stand in groupwise_products.py and groupwise_rows.py; here they get their tiles, are launched, and are
+listed for those who compile them.
 
 Known of these kernels is what Triton's interpreter and the machine code say; no card has run them yet.
 """
@@ -42,264 +45,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from .epilogue import activate, add_partials, store_partial
+from .groupwise_products import add_in_order, multiply
+from .groupwise_rows import quantize, sum_groups
 from .launch import compile_options, on, row_block, rows_of, upcast
-from .row_grid import code_arguments, code_of, empty_codes, row_codes, row_step
+from .row_grid import code_arguments, empty_codes
 from .table import NO_PRODUCTS, TYPES, Entry, opcodes
 
 STRIP = 32
-
-
-# --- kernels -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _bytes(plane, tile, pitch, feature):
-    """Bytes [features, 32] of a plane, as int32."""
-    place = plane + tile * pitch.to(tl.int64)
-    return tl.load(place + feature[:, None] * 32 + tl.arange(0, 32)[None, :]).to(tl.int32)
-
-
-@triton.jit
-def _operand(code, DTYPE: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr):
-    """Codes less their middle, exactly: whole numbers below 2^23 are the low bits of an fp32 of 2^23 and more."""
-    if BYTES:
-        return (code - (1 << (BITS - 1))).to(tl.int8)
-    whole = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
-    return whole.to(DTYPE)
-
-
-@triton.jit
-def _dot(w, a, total):
-    if total.dtype == tl.int32:
-        total = tl.dot(w, a, total, out_dtype=tl.int32)
-    else:
-        # Said, though it is of operands in fp32 alone, which only the interpreter has here.
-        total = tl.dot(w, a, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def _sum_of_strips(
-    x, x_stride, rows, live, K, codes, members, held, scale, N, strips, pitch, feature, column, inside, begin, end,
-    BT: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """[BN, BT] over strips begin .. end, multiples of 4: of c x (GROUP 0), or of that times the scales of groups."""
-    EIGHT: tl.constexpr = BITS == 8
-    FOUR: tl.constexpr = BITS >= 4 and BITS < 8
-    TWO: tl.constexpr = BITS == 2 or BITS == 3 or BITS == 6 or BITS == 7
-    ONE: tl.constexpr = BITS % 2 == 1
-    INT8: tl.constexpr = x.dtype.element_ty == tl.int8
-    SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
-    OPERAND: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
-    EACH: tl.constexpr = (GROUP + 31) // 32 if GROUP else 1  # strips of a group
-    TOGETHER: tl.constexpr = 2 if EACH % 2 == 0 else 1  # strips that a scale multiplies at once
-    twos = codes + (strips // 2 * pitch.to(tl.int64) if FOUR else 0)
-    ones = twos + (strips // 4 * pitch.to(tl.int64) if TWO else 0)
-    lane = tl.arange(0, 32)
-    x_rows = x + rows.to(tl.int64)[None, :] * x_stride
-    total = tl.zeros((BN, BT), tl.float32 if GROUP else SUM)
-    part = tl.zeros((BN, BT), SUM)
-    for first in range(begin, end, STEP):
-        if TWO:
-            two = _bytes(twos, first // 4, pitch, feature)
-        if ONE:
-            one = _bytes(ones, first // 8, pitch, feature)
-        for j in tl.static_range(STEP):
-            strip = first + j
-            if EIGHT:
-                code = _bytes(codes, strip, pitch, feature)
-            if FOUR and j % 2 == 0:
-                four = _bytes(codes, strip // 2, pitch, feature)
-            if FOUR:
-                code = four >> 4 * (j % 2) & 15
-            if TWO:
-                # A step of 4 strips takes all of a byte.
-                bits = (two >> 2 * j if STEP == 4 else two >> 2 * (strip % 4)) & 3
-                code = code | bits << 4 if FOUR else bits
-            if ONE:
-                code = code | (one >> strip % 8 & 1) << (BITS - 1)
-            w = _operand(code, OPERAND, INT8, BITS)
-            if GROUP:
-                place = strip // EACH
-                k = strip % EACH * 32 + lane
-                group = place
-                if members is not None:
-                    group = tl.load(members + place, mask=place < held, other=0)
-                at = group * GROUP + k
-                # What fills the last strips up belongs to no group.
-                there = (k < GROUP) & (at < tl.where(place < held, K, 0))
-            else:
-                at = strip * 32 + lane
-                there = at < K
-            a = tl.load(x_rows + at[:, None], mask=there[:, None] & live[None, :], other=0)
-            if UPCAST:
-                a = a.to(tl.float32)
-            if GROUP:
-                if j % TOGETHER == 0:
-                    part = tl.zeros((BN, BT), SUM)
-                part = _dot(w, a, part)
-                if j % TOGETHER == TOGETHER - 1:
-                    scaled = inside & (column < tl.where(place < held, N, 0))
-                    of_group = tl.load(scale + group * N + column, mask=scaled, other=0)
-                    total += part.to(tl.float32) * of_group[:, None]
-            else:
-                total = _dot(w, a, total)
-    return total
-
-
-@triton.jit
-def _finish(
-    total, rows, live, column, inside, T, N, groups, scale, shift, sums, x_scale, x_zero, column_sum, bias,
-    residual, residual_stride, y, y_stride,
-    GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Stores y of the sums [BN, BT]."""
-    result = total.to(tl.float32)
-    if not GROUP:
-        result = result * tl.load(scale + column, mask=inside, other=0)[:, None]
-    if shift is not None:
-        of_feature, of_row = shift + column, sums + rows
-        for _ in range(groups):
-            off = tl.load(of_feature, mask=inside, other=0)[:, None]
-            result -= off * tl.load(of_row, mask=live, other=0)[None, :]
-            of_feature += N
-            of_row += T
-    if x_zero is not None:
-        zero = tl.load(x_zero + rows, mask=live, other=0).to(tl.float32)
-        result -= tl.load(column_sum + column, mask=inside, other=0)[:, None] * zero[None, :]
-    if x_scale is not None:
-        result = result * tl.load(x_scale + rows, mask=live, other=0)[None, :]
-    if bias is not None:
-        result += tl.load(bias + column, mask=inside, other=0)[:, None]
-    result = activate(result, ACTIVATION)
-    stored = inside[:, None] & live[None, :]
-    row = rows.to(tl.int64)[None, :]
-    if residual is not None:
-        result += tl.load(residual + row * residual_stride + column[:, None], mask=stored, other=0).to(tl.float32)
-    tl.store(y + row * y_stride + column[:, None], result.to(y.dtype.element_ty), mask=stored)
-
-
-@triton.jit(do_not_specialize=["T", "slot", "splits"], do_not_specialize_on_alignment=["members"])
-def multiply(
-    x, codes, members, scale, shift, sums, x_scale, x_zero, column_sum, bias, residual, y,
-    T, N, K, groups, features, held, strips, pitch, run, splits, slot, x_stride, residual_stride, y_stride,
-    BT: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ORDERED: tl.constexpr, PARTIAL: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """y[T, N] of x fp16, bf16 or int8 [T, K] and one part's codes; a program is a tile of BN features x BT tokens.
-
-    PARTIAL: y is [slots, T, N], int32 or fp32; a program sums one run of strips, and slot + its number gets the sums.
-    Else all, run by run where ORDERED. `features` and `held` count the part's features, and its groups along K.
-    """
-    tiles = tl.cdiv(features, BN)
-    feature = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    above = tl.program_id(0) // tiles
-    tokens = tl.cdiv(T, BT)
-    rows = above % tokens * BT + tl.arange(0, BT)
-    live, inside, column = rows < T, feature < features, feature
-    if members is not None and not GROUP:
-        column = tl.load(members + feature, mask=inside, other=0)
-    if PARTIAL or not ORDERED:
-        begin = above // tokens * run if PARTIAL else 0
-        end = tl.minimum(begin + run, strips) if PARTIAL else strips
-        total = _sum_of_strips(
-            x, x_stride, rows, live, K, codes, members, held, scale, N, strips, pitch, feature, column, inside,
-            begin, end, BT, BN, STEP, BITS, GROUP, UPCAST,
-        )  # fmt: skip
-    else:
-        total = tl.zeros((BN, BT), tl.float32)
-        for split in range(splits):
-            total += _sum_of_strips(
-                x, x_stride, rows, live, K, codes, members, held, scale, N, strips, pitch, feature, column, inside,
-                split * run, tl.minimum(split * run + run, strips), BT, BN, STEP, BITS, GROUP, UPCAST,
-            )  # fmt: skip
-    if PARTIAL:
-        store_partial(total, y, slot + above // tokens, rows, column, live, inside, T, N)
-    else:
-        _finish(
-            total, rows, live, column, inside, T, N, groups, scale, shift, sums, x_scale, x_zero, column_sum, bias,
-            residual, residual_stride, y, y_stride, GROUP, ACTIVATION,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T", "slots"])
-def add_in_order(
-    partial, scale, shift, sums, x_scale, x_zero, column_sum, bias, residual, y,
-    T, N, groups, slots, residual_stride, y_stride,
-    BT: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """y[T, N] of partial [slots, T, N], added one slot after the other."""
-    tiles = tl.cdiv(N, BN)
-    column = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    rows = tl.program_id(0) // tiles * BT + tl.arange(0, BT)
-    live, inside = rows < T, column < N
-    total = add_partials(partial, slots, rows, column, live, inside, T, N, BT, BN)
-    _finish(
-        total, rows, live, column, inside, T, N, groups, scale, shift, sums, x_scale, x_zero, column_sum, bias,
-        residual, residual_stride, y, y_stride, GROUP, ACTIVATION,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T"])
-def quantize(
-    x, codes, scale, zero, sums, T, K, groups, group, x_stride, code_stride, step, static_zero,
-    BLOCK: tl.constexpr, OWN: tl.constexpr, STATIC: tl.constexpr,
-):  # fmt: skip
-    """int8 codes a of x [T, K] = (a - zero) * scale and sums [groups, T] of a - zero; one program a row.
-
-    OWN: from a row's lowest value to its highest, zero int32 [T]. Else symmetric, zero None, or STATIC: `step` for all
-    and, where zero is not None, static_zero. A row that is not finite has a NaN for its scale, and codes of zero.
-    """
-    row = tl.program_id(0)
-    place = x + row.to(tl.int64) * x_stride
-    lane = tl.arange(0, BLOCK)
-    low, high, strange = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, K, BLOCK):
-        a = tl.load(place + first + lane, mask=first + lane < K, other=0).to(tl.float32)
-        fine = tl.abs(a) < float("inf")
-        strange = tl.where(fine, strange, 1)
-        low, high = tl.minimum(low, tl.where(fine, a, 0.0)), tl.maximum(high, tl.where(fine, a, 0.0))
-    bad = tl.max(strange, 0) > 0
-    lowest, highest = tl.min(low, 0), tl.max(high, 0)
-    size = row_step(lowest, highest, step, OWN, STATIC)
-    inverse = tl.div_rn(1.0, size)
-    offset, least, most = row_codes(lowest, inverse, zero, static_zero, OWN)
-    if zero is not None:
-        tl.store(zero + row, offset.to(tl.int32))
-    tl.store(scale + row, tl.where(bad, float("nan"), size))
-    sum_place = sums + row if sums is not None else None
-    for number in range(groups):
-        total = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, group, BLOCK):
-            k = number * group + first + lane
-            there = (first + lane < group) & (k < K)
-            a = tl.load(place + k, mask=there, other=0).to(tl.float32)
-            a = code_of(tl.where(bad, 0.0, a), inverse, least, most)
-            total += a
-            tl.store(codes + row.to(tl.int64) * code_stride + k, (a + offset).to(tl.int8), mask=there)
-        if sums is not None:
-            tl.store(sum_place, tl.sum(total, 0))
-            sum_place += T
-
-
-@triton.jit(do_not_specialize=["T"])
-def sum_groups(x, sums, T, K, group, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums [groups, T] of the columns of each group of x [T, K]; a program takes ROWS rows of a group."""
-    rows, number = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-    place = x + rows.to(tl.int64)[:, None] * x_stride
-    live = rows < T
-    lane = tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(0, group, BLOCK):
-        k = number * group + first + lane
-        there = (first + lane < group) & (k < K)
-        total += tl.load(place + k[None, :], mask=live[:, None] & there[None, :], other=0).to(tl.float32)
-    tl.store(sums + number.to(tl.int64) * T + rows, tl.sum(total, 1), mask=live)
 
 
 # --- which tile ----------------------------------------------------------------------------------------------------
