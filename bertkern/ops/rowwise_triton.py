@@ -7,9 +7,9 @@
     gather_rows_cuda               rows by their numbers, zeros for negative ones
     arrange_cuda                   where the tokens of a padded batch stand once the padding is left out
 
-On CUDA they are Triton kernels (kernels/rowwise.py, which states the formulas); everything else is plain PyTorch.
-Neither asks the GPU for anything, so a CUDA graph may hold the operators. They have no gradients: whoever records some
-takes another way.
+On CUDA they are Triton kernels (kernels/rowwise.py and row_grid.py, which state the formulas); everything else is plain
+PyTorch. Neither asks the GPU for anything, so a CUDA graph may hold the operators. They have no gradients: whoever
+records some takes another way.
 
 No card has run the kernels yet: they are tested in Triton's interpreter and compiled for sm_80, 90 and 100.
 """
