@@ -1,7 +1,7 @@
 """Benchmarks: bertkern beside the engines that a user could pick instead.
 
     python -m bertkern bench encoder     BERT-base end to end, any engines as columns
-    python -m bertkern bench gemm        one linear layer, one thread, as a share of the processor's own peak
+    python -m bertkern bench gemm        one linear layer as a share of the processor's own peak
     python -m bertkern bench sparse      the same with zeros in its weight: speed-up over density, and the break-even
     python -m bertkern bench attention   attention alone beside torch's, over lengths, and with fewer heads
     python -m bertkern bench padding     batches of real sentences, with and without their padding

@@ -1,7 +1,7 @@
-"""One linear layer on one thread: milliseconds, and the share of the int8 peak measured in the same process.
+"""One linear layer, on one thread by default: milliseconds, and the share of the int8 peak of the same process.
 
     python -m bertkern bench gemm
-    python -m bertkern bench gemm --rows 128 --layers 3072x768 --epilogues fp32,gelu+q8
+    python -m bertkern bench gemm --rows 128 --layers 3072x768 --epilogues fp32,gelu+q8 --threads 2
 
 A single row reads every weight once, so there it rotates over weights beyond the last-level cache, and the yardstick is
 our own read probe. bertkern-kernel is bertkern-int8 without the call through Python, dispatch and allocation (some
@@ -15,6 +15,7 @@ from typing import Any
 
 from .harness import Python, Samples, ratio
 from .one_layer import (
+    THREADS,
     Case,
     last_level_cache,
     open_sweep,
@@ -48,6 +49,7 @@ def run(
     rows: Sequence[int] = tuple(map(int, ROWS.split(","))),
     layers: Sequence[tuple[int, int]] = tuple(parse_layers(LAYERS)),
     epilogues: Sequence[str] = tuple(EPILOGUES.split(",")),
+    threads: int = THREADS,
     rounds: int = 7,
     seconds: float = 0.05,
     python: Python = None,
@@ -63,9 +65,9 @@ def run(
     def copies(case: Case) -> dict[str, int]:
         return {"copies": 2 + 3 * last_level_cache() // (case.n * case.k) if case.m == 1 else 1}
 
-    with open_sweep("gemm-1t", "linear", specs, rounds, seconds, python, report) as sweep:
+    with open_sweep("gemm", "linear", specs, threads, rounds, seconds, python, report) as sweep:
         if sweep.workers:
-            sweep.run.facts["read_gb_s"] = max(sweep.workers[0].ask("read", threads=1)["read"] for _ in range(3))
+            sweep.run.facts["read_gb_s"] = max(sweep.workers[0].ask("read", threads=threads)["read"] for _ in range(3))
         for case, turns in sweep.measure(cases, "epilogue", copies, tick):
             _record(sweep.run, case, *turns)
         return sweep.run

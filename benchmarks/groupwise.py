@@ -1,4 +1,4 @@
-"""One linear layer with group-wise low-bit weights on one thread, beside our int8 kernel and other 4-bit kernels.
+"""One linear layer with group-wise low-bit weights, on one thread by default, beside our int8 and other 4-bit kernels.
 
     python -m bertkern bench groupwise
     python -m bertkern bench groupwise --rows 1,128 --layers 3072x768 --groupings 4n128,2+4n128,4k64
@@ -19,7 +19,7 @@ from typing import Any
 from . import engines
 from .groupings import Grouping, parse_groupings
 from .harness import Python, Samples, Spec, ratio
-from .one_layer import Case, last_level_cache, open_sweep, parse_layers, settings
+from .one_layer import THREADS, Case, last_level_cache, open_sweep, parse_layers, settings
 from .opening import expect_known, precision
 from .options import counts, parse_specs
 from .results import Run
@@ -43,6 +43,7 @@ def run(
     rows: Sequence[int] = tuple(map(int, ROWS.split(","))),
     layers: Sequence[tuple[int, int]] = tuple(parse_layers(LAYERS)),
     groupings: Sequence[Grouping] = tuple(parse_groupings(GROUPINGS)),
+    threads: int = THREADS,
     rounds: int = ROUNDS,
     seconds: float = 0.02,
     cold: int | None = None,
@@ -66,7 +67,7 @@ def run(
         # As many layers as of int8 weights: a model of fewer bits is smaller, and may well stay in the cache.
         return {"copies": 2 + cold // (case.n * case.k) if case.m == 1 else 1}
 
-    with open_sweep("groupwise-1t", "groupwise", specs, rounds, seconds, python, report) as sweep:
+    with open_sweep("groupwise", "groupwise", specs, threads, rounds, seconds, python, report) as sweep:
         for case, turns in sweep.measure(cases, "grouping", copies, tick):
             _record(sweep.run, case, *turns)
         return sweep.run

@@ -1,4 +1,4 @@
-"""What the benchmarks of one linear layer on one thread share; `gemm` and `sparse` say what is swept, and what counts.
+"""What the benchmarks of one linear layer share; `gemm`, `sparse` and `groupwise` say what is swept, and what counts.
 
 Every provider draws the same data, is compared with torch's fp32, and takes turns with the others on each case.
 """
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import peak
+from .harness import PAUSE_S as TEAM_PAUSE_S
 from .harness import Python, Samples, Spec, Worker, WorkerError, take_turns
 from .opening import check, precision, start
 from .results import Run
 
 REFERENCE = "torch-fp32"
+THREADS = 1  # unless the user asks for more
 PAUSE_S = 0.005  # one thread spins for nobody
 
 
@@ -105,7 +107,8 @@ class Sweep:
                         self.report(f"{case}: left out: {error}")
             if ready:
                 peaks = {worker.spec: [_peak(worker)] for worker in ready}
-                samples = take_turns(ready, self.rounds, self.seconds, _quiet, PAUSE_S)
+                pause = PAUSE_S if self.run.threads == 1 else TEAM_PAUSE_S
+                samples = take_turns(ready, self.rounds, self.seconds, _quiet, pause)
                 for worker in ready:
                     peaks[worker.spec].append(_peak(worker))
                 yield case, Turns(samples, agreement, self.opened, peaks)
@@ -118,23 +121,26 @@ def open_sweep(
     name: str,
     family: str,
     specs: Sequence[str],
+    threads: int,
     rounds: int,
     seconds: float,
     python: Python,
     report: Callable[[str], None],
 ) -> Iterator[Sweep]:
     """Starts the reference and the providers of a family, one process each, and ends them; arguments as of
-    `encoder.run`, `name` that of the run. Raises ValueError for a spec with a pattern, which is of models.
+    `encoder.run`, `name` that of the run without its threads. Raises ValueError for a spec with a pattern, which is of
+    models.
     """
     for spec in specs:
         if Spec.parse(spec).pattern:
             raise ValueError(f"engine: expected a name without a pattern. Got {spec!r}: here zeros are swept apart.")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        reference = stack.enter_context(Worker(REFERENCE, 1, python))
-        reference.ask("open", engine=f"{family}/{REFERENCE}", threads=1)
-        workers, opened, absent = start(specs, family, 1, python, stack, report=report)
-        run = Run(name, peak.cpu_model(), peak.isa(), 1, {"rounds": rounds, "seconds": seconds}, absent)
+        reference = stack.enter_context(Worker(REFERENCE, threads, python))
+        reference.ask("open", engine=f"{family}/{REFERENCE}", threads=threads)
+        workers, opened, absent = start(specs, family, threads, python, stack, report=report)
+        facts = {"rounds": rounds, "seconds": seconds}
+        run = Run(f"{name}-{threads}t", peak.cpu_model(), peak.isa(), threads, facts, absent)
         yield Sweep(run, workers, opened, reference, str(scratch / "expected.npz"), rounds, seconds, report)
 
 
@@ -149,8 +155,8 @@ def settings(m: int, samples: Samples, agreement: dict[str, float]) -> dict[str,
 
 
 def _quiet(worker: Worker) -> float:
-    return worker.ask("quiet", threads=1)["quiet"]
+    return worker.ask("quiet", threads=worker.threads)["quiet"]
 
 
 def _peak(worker: Worker) -> float | None:
-    return worker.ask("peak", threads=1, precision=precision(worker.spec))["peak"]
+    return worker.ask("peak", threads=worker.threads, precision=precision(worker.spec))["peak"]

@@ -1,4 +1,4 @@
-"""One linear layer with zeros in its weight, on one thread: how many zeros it takes until skipping them pays.
+"""One linear layer with zeros in its weight, on one thread by default: how many zeros make skipping them pay.
 
     python -m bertkern bench sparse
     python -m bertkern bench sparse --rows 128 --layers 3072x768 --blocks 16x4,1x1 --zeros 0,0.5,0.8,0.9 --dtypes int8
@@ -10,7 +10,8 @@ provider as many copies as that takes: zeros that let a whole model fit into the
 
 Ratios: a sparse kernel beside the dense one of the same data type, beside torch's fp32 and beside its own rivals. The
 break-even is the share of zeros from which on the sparse kernel is the faster one, interpolated along the sweep. The
-share of the peak counts only multiply-adds of blocks that are left.
+share of the peak, that of all threads together, counts only multiply-adds of blocks that are left. SciPy's product has
+one thread, however many there are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from . import engines
 from .harness import Python, Samples, Spec, Worker, ratio
 from .one_layer import (
     REFERENCE,
+    THREADS,
     Case,
     last_level_cache,
     open_sweep,
@@ -84,6 +86,7 @@ def run(
     blocks: Sequence[tuple[int, int]] = tuple(parse_blocks(BLOCKS)),
     zeros: Sequence[float] = tuple(parse_zeros(ZEROS)),
     dtypes: Sequence[str] = tuple(DTYPES.split(",")),
+    threads: int = THREADS,
     rounds: int = ROUNDS,
     seconds: float = 0.02,
     cold: int | None = None,
@@ -110,7 +113,7 @@ def run(
     def weights(case: Case) -> dict[str, int]:
         return {"cold": cold if case.m == 1 else 0}
 
-    with open_sweep("sparse-1t", "sparse", specs, rounds, seconds, python, report) as sweep:
+    with open_sweep("sparse", "sparse", specs, threads, rounds, seconds, python, report) as sweep:
         for case, turns in sweep.measure(cases, "pattern", weights, tick):
             _record(sweep.run, case, *turns)
         _record_break_even(sweep.run, cases, sweep.workers)

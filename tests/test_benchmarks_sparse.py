@@ -455,6 +455,38 @@ def test_bench_sparse_writes_json_csv_and_a_plot(tmp_path, capsys):
     assert "3x32x24" in capsys.readouterr().out
 
 
+def test_threads_are_those_of_every_provider_and_of_the_probes(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from benchmarks import one_layer
+    from bertkern.cli import main
+
+    asked = []
+
+    class Listening(Worker):
+        def ask(self, do, **arguments):
+            asked.append((self.spec, do, arguments.get("threads"), self.threads))
+            return super().ask(do, **arguments)
+
+    monkeypatch.setattr(one_layer, "Worker", Listening)
+    monkeypatch.setattr(opening, "Worker", Listening)
+    options = "--rows 1,3 --layers 32x24 --blocks 16x4 --zeros 0.75 --dtypes int8 --rounds 1 --threads 2"
+    assert main(["bench", "sparse", *options.split(), "--out", str(tmp_path)]) == 0
+    made = results.load(tmp_path / "sparse-2t.json")
+    assert (made.name, made.threads) == ("sparse-2t", 2)
+    assert {row.config["threads"] for row in made.rows} == {2}
+    assert "2 threads" in capsys.readouterr().out
+    assert {threads for *_, threads in asked} == {2}
+    assert {threads for _, do, threads, _ in asked if do in ("open", "quiet", "peak")} == {2}
+
+
+def test_one_layer_runs_on_one_thread_unless_asked():
+    import inspect
+
+    from benchmarks import gemm, groupwise
+
+    assert {inspect.signature(module.run).parameters["threads"].default for module in (gemm, groupwise, sparse)} == {1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -479,6 +511,7 @@ def test_bench_sparse_writes_json_csv_and_a_plot(tmp_path, capsys):
         (("sparse", "--json", "setup.py/x.json"), "--json: expected a folder. Got the file"),
         (("sparse", "--out", "setup.py"), "--out: expected a folder. Got the file"),
         (("sparse", "--out", "build", "--name", "a/b"), "--name: expected a part of a file's name. Got 'a/b'"),
+        (("memory", "--threads", "2"), "bench memory: --threads belongs to another benchmark"),
         (("sparse", "--shapes", "1x16"), "bench sparse: --shapes belongs to another benchmark"),
         (("gemm", "--zeros", "0.5"), "bench gemm: --zeros belongs to another benchmark"),
         (("encoder", "--pattern", "16x4"), "pattern: expected dense, d26, heads@SHARE or ROWSxCOLUMNS@ZEROS"),

@@ -34,6 +34,7 @@ class Linear(Engine):
 
     def __init__(self, threads: int):
         super().__init__()
+        self.threads = threads
         torch.set_num_threads(threads)
 
     def prepare(self, m: int, n: int, k: int, epilogue: str, copies: int = 1) -> None:

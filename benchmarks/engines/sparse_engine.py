@@ -261,7 +261,7 @@ class OnnxRuntimeInt8(Zeros):
 
         self.model = self.model or self.quantized(canonical, bias)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         session = ort.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
         return session, canonical.numel()
 

@@ -7,10 +7,13 @@ import inspect
 import json
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .common import UsageError, add_command, news
-from .measuring import benchmarks, check_targets, progress, save, timing_arguments
+from .measuring import benchmarks, check_targets, cores, progress, save, timing_arguments
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 BENCHMARKS = (
     "encoder",
@@ -94,7 +97,7 @@ def add(commands: Any) -> None:
         "bench encoder --model minilm --shapes 1x16 --threads 1 --plot latency.png",
         "bench gemm --rows 1,128 --layers 3072x768 --json gemm.json",
         "bench sparse --rows 128 --blocks 1x1,16x4,32x32 --zeros 0,0.5,0.8,0.9 --dtypes int8 --out results",
-        "bench groupwise --rows 1,128 --layers 3072x768 --groupings 4n128,4k64",
+        "bench groupwise --rows 1,128 --layers 3072x768 --groupings 4n128,4k64 --threads 2",
         "bench attention --shapes 8x128,1x384 --kept 6,3 --dtypes fp32",
         "bench padding --texts stsb --batches 8",
         "bench heads --share 0.5 --shapes 8x128,1x16",
@@ -109,7 +112,7 @@ def add(commands: Any) -> None:
     sub.add_argument("what", nargs="?", choices=BENCHMARKS, help="default: encoder")
     # Of a benchmark that was named, only what it takes is shown.
     sub.add_argument("-h", "--help", action=_Help, nargs=0, help="show this, or what the benchmark named before takes")
-    _add_options(sub, OPTIONS, None)
+    _add_options(sub, OPTIONS, None, f"the cores at hand, {cores()}; gemm, sparse, groupwise 1")
 
 
 class _Help(argparse.Action):
@@ -121,12 +124,13 @@ class _Help(argparse.Action):
                 description=module.__doc__,
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
-            _add_options(parser, module.OPTIONS, module.ROUNDS)
+            threads = _threads(module)
+            _add_options(parser, module.OPTIONS, module.ROUNDS, None if threads is None else str(threads))
         parser.print_help()
         parser.exit()
 
 
-def _add_options(sub: argparse.ArgumentParser, wanted: Container[str], rounds: int | None) -> None:
+def _add_options(sub: argparse.ArgumentParser, wanted: Container[str], rounds: int | None, threads: str | None) -> None:
     for name, about in OPTIONS.items():
         if name in wanted:
             action = "store_true" if name in FLAGS else "store"
@@ -142,7 +146,13 @@ def _add_options(sub: argparse.ArgumentParser, wanted: Container[str], rounds: i
         help="interpreter that runs the engines, or those whose names begin with NAME; may be repeated; "
         "default: this one",
     )
-    timing_arguments(sub, rounds)
+    timing_arguments(sub, rounds, threads)
+
+
+def _threads(module: ModuleType) -> int | None:
+    """How many threads a benchmark takes where the user says nothing; None where it takes no number of them."""
+    takes = "threads" in inspect.signature(module.run).parameters
+    return getattr(module, "THREADS", cores()) if takes else None
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -155,8 +165,10 @@ def run(arguments: argparse.Namespace) -> None:
             raise UsageError(f"bench {what}: --{name.replace('_', '-')} belongs to another benchmark.")
     rows = Path(arguments.json) if arguments.json and arguments.json != "-" else None
     check_targets(arguments.out, arguments.plot, rows, arguments.name or "")
-    if "threads" in inspect.signature(module.run).parameters:
-        options["threads"] = arguments.threads
+    if (default := _threads(module)) is not None:
+        options["threads"] = arguments.threads or default
+    elif arguments.threads:
+        raise UsageError(f"bench {what}: --threads belongs to another benchmark.")
     try:
         options["python"] = benchmarks("harness").parse_python(arguments.python)
         for name, (argument, read) in module.OPTIONS.items():

@@ -18,10 +18,21 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-def timing_arguments(sub: argparse.ArgumentParser, rounds: int | None) -> None:
-    """--threads and --rounds; `rounds` is the default of those, None: the benchmark's own."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    sub.add_argument("--threads", type=_positive, default=cores, help="default: the cores at hand, %(default)s")
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def timing_arguments(sub: argparse.ArgumentParser, rounds: int | None, threads: str | None = "") -> None:
+    """--threads and --rounds; `rounds` is the default of those, None: the benchmark's own.
+
+    Args:
+        threads: what the help calls the default of --threads, which is None then; "": the cores at hand are; None:
+            there is no such option.
+    """
+    if threads is not None:
+        told = threads or "the cores at hand, %(default)s"
+        sub.add_argument("--threads", type=_positive, default=None if threads else cores(), help=f"default: {told}")
     default = rounds or "3 to 15, by benchmark"
     sub.add_argument("--rounds", type=_positive, default=rounds, help=f"turns of each engine; default: {default}")
 
