@@ -159,6 +159,7 @@ def test_mistakes_are_explained(options, message, capsys, tiny_model, tmp_path):
             "expected blocks that fit into bert.encoder.layer.0.attention.self.query.weight of",
         ),
         (("--set", "qurey=0.1"), 'expected overrides to name matrices that are pruned. Got "qurey"'),
+        (("--skip", "query", "--skip", "qurey"), 'expected skip to name matrices of the model. Got "qurey"'),
         (("--skip", "bert"), "expected at least one matrix to prune. Got none"),
     ],
 )

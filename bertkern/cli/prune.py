@@ -42,7 +42,8 @@ def add(commands: Any) -> None:
         metavar="PATTERN=SPARSITY",
         help="another sparsity for the modules that PATTERN names; may be repeated, the first that fits counts",
     )
-    sub.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="modules to leave; may be repeated")
+    skip = "modules to leave; PATTERN must name one with a matrix; may be repeated"
+    sub.add_argument("--skip", action="append", default=[], metavar="PATTERN", help=skip)
     sub.add_argument(
         "--embeddings",
         action=argparse.BooleanOptionalAction,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -408,6 +409,23 @@ def test_other_bad_arguments():
         bk.prune_(
             tiny("BertModel"), bk.UnstructuredPruneConfig(sparsity=0.5, overrides={"key": 0.1, "qurey": 0.1, "key*": 1})
         )
+
+
+@pytest.mark.parametrize("pattern", ["qurey", "encoder.layer.2", "LayerNorm", "", "bert.encoder.layers.*"])
+def test_skip_must_name_a_matrix(pattern):
+    model = tiny("BertModel")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = bk.UnstructuredPruneConfig(sparsity=0.5, skip=("query", pattern))
+    message = f'expected skip to name matrices of the model. Got "{re.escape(pattern)}"'
+    for call in (bk.prune_, bk.Masks.of_zeros, lambda *both: bk.Pruner(*both, bk.PruneSchedule.one_shot(1))):
+        with pytest.raises(ValueError, match=message):
+            call(model, config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("pattern", ["classifier", "pooler", "position_embeddings", "bert.encoder.layer.1", "*.0.*"])
+def test_skip_may_name_what_stays_anyway(pattern):
+    bk.prune_(tiny("BertForSequenceClassification"), bk.BlockPruneConfig(sparsity=0.5, pooler=False, skip=(pattern,)))
 
 
 def test_a_block_that_does_not_fit_can_be_skipped():

@@ -22,7 +22,7 @@ class PruneConfig(Versioned):
 
     Attributes:
         skip: names of modules to leave as they are: exact, a suffix after a dot, or with the wildcards of fnmatch;
-            everything below a named module is skipped, too.
+            everything below a named module is skipped, too. Each must name a linear layer or a table of the model.
         embeddings: whether the word-embedding table of a transformers model is pruned. A language-model head that is
             tied to the table is one tensor with it: pruned where the table is, once.
         pooler: whether the pooler is pruned.

@@ -29,7 +29,8 @@ def prune_(model: nn.Module, config: PruneConfig) -> Masks:
 
     Raises:
         TypeError, ValueError: an int8 or accelerated model, weights that are no plain parameters or hold NaN (which
-            has no magnitude), a block that does not fit into a matrix, nothing to prune; the model is unchanged then.
+            has no magnitude), a block that does not fit into a matrix, a pattern that names none, nothing to prune; the
+            model is unchanged then.
 
     Example:
         >>> import bertkern as bk

@@ -78,11 +78,20 @@ def find_targets(model: nn.Module, config: PruneConfig) -> list[Target]:
         taken.add(id(stored))
         tensor_name = f"{name}.{key}" if name else key
         targets.append(Target(tensor_name, module, key, *config.sparsity_of(names_it)))
+    _check_skip(model, config, roots)
     if not targets:
         raise ValueError("prune_: expected at least one matrix to prune. Got none.")
     if patterns:
         raise ValueError(f'prune_: expected overrides to name matrices that are pruned. Got "{next(iter(patterns))}".')
     return targets
+
+
+def _check_skip(model: nn.Module, config: PruneConfig, roots: dict[str, nn.Module]) -> None:
+    """Raises ValueError where a pattern names no matrix, of those that the config leaves anyway neither."""
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    for pattern in config.skip:
+        if not any(plan.skipped(name, (pattern,), roots) for name in names):
+            raise ValueError(f'prune_: expected skip to name matrices of the model. Got "{pattern}".')
 
 
 def _refuse_swapped(model: nn.Module) -> None:
