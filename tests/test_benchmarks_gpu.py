@@ -565,6 +565,8 @@ def test_sections_are_read():
         (["--sections", "speed"], "expected some of"),
         (["--budget", "0"], "expected seconds above 0"),
         (["--budget", "x"], "invalid float"),
+        (["--out", __file__], "out: expected a folder. Got the file"),
+        (["--out", f"{__file__}/below"], "out: expected a folder. Got the file"),
     ],
 )
 def test_bad_arguments(arguments, said, capsys):

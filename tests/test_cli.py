@@ -181,9 +181,10 @@ def test_quantize_saves_a_model_that_loads(capsys, tiny_model, tmp_path):
     status, _, err = run(capsys, "quantize", str(tiny_model), str(tiny_model), "--force")
     assert status == 2
     assert "expected another folder than MODEL" in err
-    status, _, err = run(capsys, "quantize", str(tiny_model), str(out / "config.json"))
-    assert status == 2
-    assert "OUT: expected a folder. Got the file" in err
+    for place in (out / "config.json", out / "config.json" / "below" / "it"):
+        status, _, err = run(capsys, "quantize", str(tiny_model), str(place))
+        assert status == 2
+        assert f"OUT: expected a folder. Got the file {out / 'config.json'}." in err
 
 
 def test_quantize_to_low_bits(capsys, tiny_model, tmp_path):

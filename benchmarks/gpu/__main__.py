@@ -94,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             goals.judge(row for path in sorted(asked.out.glob("gpu-*.json")) for row in campaign.load(path).rows)
         )
         return 0
+    there = next(above for above in (asked.out, *asked.out.absolute().parents) if above.exists())
+    if not there.is_dir():
+        reader.error(f"out: expected a folder. Got the file {there}.")
     card = find_card()
     if card is None:
         print(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -46,6 +48,15 @@ def add_command(
 def model_argument(sub: argparse.ArgumentParser) -> None:
     """MODEL, which `models.load_model` reads."""
     sub.add_argument("model", metavar="MODEL", help="folder with a config.json, or a name on the Hugging Face hub")
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises UsageError where files cannot be written into `folder`, which may not be there yet; `name`: what it is."""
+    there = next(above for above in (folder, *folder.absolute().parents) if above.exists())
+    if not there.is_dir():
+        raise UsageError(f"{name}: expected a folder. Got the file {there}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{name}: expected a folder to write into. Got {there}.")
 
 
 def first_line(error: object) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import UsageError, news
+from .common import UsageError, check_folder, news
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -63,13 +63,8 @@ def check_targets(folder: Path | None, plot: Path | None = None, rows: Path | No
     if name != Path(name).name:
         raise UsageError(f"--name: expected a part of a file's name. Got {name!r}.")
     for option, place in (("--out", folder), ("--plot", plot and plot.parent), ("--json", rows and rows.parent)):
-        if place is None:
-            continue
-        there = next(above for above in (place, *place.absolute().parents) if above.exists())
-        if not there.is_dir():
-            raise UsageError(f"{option}: expected a folder. Got the file {there}.")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UsageError(f"{option}: expected a folder to write into. Got {there}.")
+        if place is not None:
+            check_folder(option, place)
     if (folder or plot) and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("plots need matplotlib. Run: pip install matplotlib")
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .common import UsageError, first_line, news
+from .common import UsageError, check_folder, first_line, news
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,8 +27,8 @@ TOKENIZER_FILES = (
 def check_out(arguments: argparse.Namespace) -> None:
     """Raises UsageError where the model cannot be written to OUT."""
     out: Path = arguments.out
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"OUT: expected a folder. Got the file {out}.")
+    for folder in (out, out.parent):  # files come together beside OUT
+        check_folder("OUT", folder)
     if out.is_dir() and any(out.iterdir()) and not arguments.force:
         raise UsageError(f"OUT: {out} holds files; --force writes into it all the same.")
     if out.is_dir() and Path(arguments.model).is_dir() and out.samefile(arguments.model):

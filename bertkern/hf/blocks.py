@@ -35,6 +35,7 @@ def save_blocks(model: nn.Module, folder: str | os.PathLike[str], **options: Any
 
     Raises:
         TypeError: no model of transformers.
+        FileExistsError: there is a file where the folder is to be.
         ValueError: a quantized one, whose own `save_pretrained` writes blocks, or one under torch.nn.utils.prune that
             is not accelerated.
 
@@ -57,6 +58,9 @@ def save_blocks(model: nn.Module, folder: str | os.PathLike[str], **options: Any
                 f"save_blocks: expected plain weights. Got {name} under torch.nn.utils.prune: accelerate the model, or "
                 "call torch.nn.utils.prune.remove."
             )
+    # transformers would only log it.
+    if os.path.isfile(folder):
+        raise FileExistsError(f"save_blocks: expected a folder. Got the file {os.fspath(folder)}.")
     state = model.state_dict()
     blocks = _take(model, state)
     if not blocks:

@@ -120,6 +120,16 @@ def test_what_cannot_be_saved(tmp_path):
         bk.save_blocks(bk.quantize_(pruned("BertModel"), measure=False), tmp_path)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_a_file_stays_as_it_is(share, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+    for place in (file, str(file)):
+        with pytest.raises(FileExistsError, match=r"save_blocks: expected a folder. Got the file .*file\."):
+            bk.save_blocks(pruned("BertModel", share=share), place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_text() == "old"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
