@@ -240,6 +240,20 @@ def test_quantize_to_low_bits(capsys, tiny_model, tmp_path):
         (["--scheme", "groupwise", "--target-size-mb", "0.001"], "expected target_size_mb of at least"),
         (["--scheme", "groupwise", "--choices", "2,3"], "--choices goes together with --average-bits"),
         (["--scheme", "groupwise", "--average-bits", "3", "--choices", "2,x"], "expected BITS,..., such as 2,4"),
+        (
+            ["--scheme", "groupwise", "--average-bits", "3", "--bits", "4"],
+            "--bits is, with a budget, for matrices outside of the encoder layers. Got none",
+        ),
+        (
+            ["--scheme", "groupwise", "--average-bits", "3", "--head", "--bits", "4", "--layer-bits", "classifier=3"],
+            "Got none that it would count for: leave it out, or add --pooler or --head",
+        ),
+        (
+            ["--scheme", "groupwise", "--target-size-mb", "1", "--layer-bits", "layer.1=8"],
+            "expected --layer-bits, with a budget, to be for what stands outside of the encoder layers. Got 'layer.1', "
+            "which names bert.encoder.layer.1.attention.self.query.",
+        ),
+        (["--scheme", "groupwise", "--average-bits", "3", "--skip", "*.query"], "expected --skip, with a budget"),
         (["--scheme", "groupwise", "--method", "compensate"], "--method compensate needs --calibration"),
         (["--scheme", "groupwise", "--activation", "static"], "--activation static needs --calibration"),
         (["--scheme", "groupwise", "--calibration", "none.txt"], "expected a text file of sentences"),
@@ -256,7 +270,18 @@ def test_quantize_within_a_budget(capsys, tiny_model, tmp_path):
     status, text, err = run(capsys, "quantize", str(tiny_model), str(tmp_path / "low"), *low)
     assert status == 0, err
     assert "the least squared error of the weights, without data" in text and "3.00 bits on average" in text
-    assert "int2 n/8" in text and "int4 n/8" in text
+    assert "int2 n/8" in text and "int4 n/8" in text and "(--bits)" not in text
+
+
+def test_with_a_budget_bits_are_those_outside_of_the_layers(capsys, tiny_model, tmp_path):
+    low = ("quantize", str(tiny_model), str(tmp_path / "low"), "--scheme", "groupwise", "--groups", "2")
+    low += ("--target-size-mb", "0.05", "--bits", "6", "--pooler", "--head", "--layer-bits", "classifier=5")
+    status, text, err = run(capsys, *low)
+    assert status == 0, err
+    assert "Of 6 bits (--bits): bert.pooler.dense." in text and "have the bits of the config" in text
+    rows = {line.split()[0]: line for line in text.splitlines() if " int" in line}
+    assert "int6 n/2" in rows["bert.pooler.dense"] and "int5 n/2" in rows["classifier"]
+    assert not any("int6" in line for name, line in rows.items() if "encoder" in name)
 
 
 def test_quantize_by_sentences(capsys, copy, tmp_path):

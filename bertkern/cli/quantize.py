@@ -57,7 +57,9 @@ def add(commands: Any) -> None:
     sub.add_argument("--force", action="store_true", help="write into OUT even if it holds files")
     sub.add_argument("--weight", choices=("per_channel", "per_tensor"), help=SCALES)
     low = sub.add_argument_group("groupwise", "weights of 2 to 8 bits, a scale and a zero point a group")
-    low.add_argument("--bits", type=int, help="of linear layers; default: 4")
+    low.add_argument(
+        "--bits", type=int, help="of linear layers; default: 4. With a budget, of those outside of the encoder layers"
+    )
     cut = low.add_mutually_exclusive_group()
     cut.add_argument("--groups", type=int, help="into how many groups each matrix is cut; default: 128")
     cut.add_argument("--group-size", type=int, metavar="SIZE", help="neighbours in a group, instead")
@@ -80,9 +82,13 @@ def add(commands: Any) -> None:
     )
     budget = low.add_mutually_exclusive_group()
     budget.add_argument(
-        "--average-bits", type=float, metavar="BITS", help="each encoder layer gets its own bits, so many on average"
+        "--average-bits",
+        type=float,
+        metavar="BITS",
+        help="a budget: each encoder layer gets its own bits, so many on average; --bits, --layer-bits and --skip are "
+        "then for what stands outside of these layers, such as --pooler and --head",
     )
-    budget.add_argument("--target-size-mb", type=float, metavar="MB", help="the same by the size of the encoder")
+    budget.add_argument("--target-size-mb", type=float, metavar="MB", help="a budget by the size of these layers")
     low.add_argument(
         "--choices", type=_choices, metavar="BITS,...", help="bits that a layer may get by a budget; default: 2,4"
     )
@@ -150,11 +156,24 @@ def calibration_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _within_budget(model: Any, config: Any, arguments: argparse.Namespace, data: dict[str, Any]) -> Any:
-    """The config with the bits that `choose_bits` gives each encoder layer; prints them."""
+    """The config with the bits that `choose_bits` gives each encoder layer; prints them.
+
+    Raises:
+        UsageError: a budget that is too small, or options that are not for what stands outside of these layers.
+    """
     from dataclasses import replace
 
     import bertkern
 
+    try:
+        outside = _outside(model, config)
+    except ValueError as error:
+        raise UsageError(error) from error
+    if arguments.bits is not None and not outside:
+        raise UsageError(
+            "quantize: --bits is, with a budget, for matrices outside of the encoder layers. Got none that it would "
+            "count for: leave it out, or add --pooler or --head."
+        )
     options = {name: value for name in BUDGET if (value := getattr(arguments, name)) is not None}
     options["symmetric"], options["shared"], options["axis"] = config.symmetric, config.shared, config.axis
     cut = {"groups": config.groups} if config.group_size is None else {"group_size": config.group_size}
@@ -163,7 +182,40 @@ def _within_budget(model: Any, config: Any, arguments: argparse.Namespace, data:
     except ValueError as error:
         raise UsageError(error) from error
     print(chosen)
+    if outside:
+        print(f"Of {config.bits} bits (--bits): {', '.join(outside)}.")
     return replace(config, layer_bits={**chosen.layer_bits, **dict(config.layer_bits)})
+
+
+def _outside(model: Any, config: Any) -> list[str]:
+    """Linear layers outside of the encoder layers that get the config's bits.
+
+    Raises:
+        UsageError: the config says something of a matrix in an encoder layer, which a budget is to decide.
+    """
+    from bertkern import plan
+    from bertkern.compress.groupwise.choosing import choose
+    from bertkern.compress.groupwise.places import places
+    from bertkern.names import fits
+
+    roots = plan.pretrained_roots(model)
+    layers = {linear for place in places(model, "quantize").values() for linear in place.linears.values()}
+    patterns = {"--layer-bits": [pattern for pattern, _ in config.layer_bits], "--skip": config.skip}
+    for name in (name for name, module in model.named_modules() if module in layers):
+        for option, named in patterns.items():
+            for pattern in named:
+                if fits(pattern, plan.aliases(name, roots)):
+                    raise UsageError(
+                        f"quantize: expected {option}, with a budget, to be for what stands outside of the encoder "
+                        f"layers. Got {pattern!r}, which names {name}."
+                    )
+    linears = choose(model, config, "quantize").linears.items()
+    return [
+        name
+        for name, matrix in linears
+        if matrix.module not in layers
+        and not any(fits(pattern, plan.aliases(name, roots)) for pattern in patterns["--layer-bits"])
+    ]
 
 
 def config_of(arguments: argparse.Namespace) -> Any:

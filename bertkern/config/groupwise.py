@@ -24,7 +24,7 @@ class GroupwiseConfig(Versioned):
     shares its codes; while `head` is False its activations stay float.
 
     Attributes:
-        bits: of the weights of linear layers, 2 to 8.
+        bits: of the weights of linear layers that no pattern of layer_bits names, 2 to 8.
         groups: into how many groups each matrix is cut, of ceil(side / groups) neighbours, the last of fewer; where
             the side has fewer neighbours than groups, each is one. 128 if neither this nor group_size is given.
         group_size: neighbours in a group, instead of groups.

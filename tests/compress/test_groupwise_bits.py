@@ -230,7 +230,8 @@ def test_record_table_and_csv(tmp_path):
     lines = str(found).splitlines()
     assert lines[0] == "Bits by layer: sorted, order sensitivity"
     assert lines[3].split() == ["encoder.layer.0", "2", "3", "0.001"]
-    assert lines[-1].startswith("3.00 bits on average, 0.01 MB of 0.03 MB as fp32")
+    assert lines[-2].startswith("3.00 bits on average, 0.01 MB of 0.03 MB as fp32")
+    assert lines[-1] == "Matrices outside of these layers have the bits of the config."
     found.save_csv(tmp_path / "bits.csv")
     with open(tmp_path / "bits.csv", newline="") as file:
         rows = list(csv.DictReader(file))

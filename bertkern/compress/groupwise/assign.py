@@ -122,6 +122,7 @@ class BitAssignment(Versioned):
                 f"Bits by layer: {how}",
                 *table(head, rows),
                 f"{self.average_bits:.2f} bits on average, {self.nbytes / 1e6:.2f} MB of {fp32 / 1e6:.2f} MB as fp32",
+                "Matrices outside of these layers have the bits of the config.",
             ]
         )
 
@@ -145,6 +146,9 @@ def assign_bits(
     progress: bool = True,
 ) -> BitAssignment:
     """Bits for every encoder layer, so that the layers fit a budget.
+
+    They go into a config as its `layer_bits`. Its `bits` are then those of matrices outside of the encoder layers, such
+    as the pooler, which no budget counts.
 
         sorted  the paper's: layers get the most bits that the budget allows, the most sensitive first, each at most as
                 many as the one before
@@ -241,7 +245,7 @@ def choose_bits(
     progress: bool = True,
     **budget: Any,
 ) -> BitAssignment:
-    """Bits for every encoder layer by the best criterion that the data allow, by the rule "exact".
+    """Bits for every encoder layer by the best criterion that the data allow, by the rule "exact"; see `assign_bits`.
 
     With labelled batches the sensitivity to their loss counts; with sentences alone, how far the outputs move from what
     they are (`unlabelled_loss`); without both, the error of the weights alone.
@@ -257,7 +261,9 @@ def choose_bits(
 
     Example::
 
-        print(choose_bits(model, average_bits=3))
+        chosen = choose_bits(model, average_bits=3)
+        print(chosen)
+        bk.quantize_(model, bk.GroupwiseConfig(bits=4, pooler=True, layer_bits=chosen.layer_bits))  # the pooler: 4 bits
     """
     if sentences is not None and batches is not None:
         raise ValueError("choose_bits: expected sentences or batches. Got both.")
