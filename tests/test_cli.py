@@ -187,6 +187,32 @@ def test_quantize_saves_a_model_that_loads(capsys, tiny_model, tmp_path):
         assert f"OUT: expected a folder. Got the file {out / 'config.json'}." in err
 
 
+@pytest.mark.parametrize("command, options", [("quantize", []), ("prune", ["--sparsity", "0.5"])])
+def test_where_to_write_is_told_in_one_way_or_the_other(command, options, capsys, tiny_model, tmp_path):
+    model, force = str(tiny_model), ["--force"]
+    for at, argv in enumerate(
+        [
+            [model, "OUT", *options, *force],
+            [*options, *force, model, "OUT"],
+            [model, *options, *force, "OUT"],
+            [model, *options, *force, "--out", "OUT"],
+            ["--out", "OUT", model, *options],
+            [model, "--out=OUT", *options],
+        ]
+    ):
+        out = tmp_path / str(at)
+        status, text, err = run(capsys, command, *(word.replace("OUT", str(out)) for word in argv))
+        assert status == 0, err
+        assert f"{out}: " in text and (out / "model.safetensors").exists()
+    for argv in ([model, "a", "--out", "b"], ["--out", "a", model, "b"], [model, "--out", "a", "--out", "b"]):
+        status, _, err = run(capsys, command, *argv, *options)
+        assert status == 2 and "expected OUT once. Got a and b." in err
+    status, _, err = run(capsys, command, model, *options)
+    assert status == 2 and "the following arguments are required: OUT" in err
+    _, text, _ = run(capsys, command, "--help")
+    assert "MODEL OUT" in " ".join(text.split()) and "--out" not in text
+
+
 def test_quantize_to_low_bits(capsys, tiny_model, tmp_path):
     import transformers
 

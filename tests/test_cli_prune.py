@@ -54,7 +54,7 @@ TABLE, POOLER = "bert.embeddings.word_embeddings.weight", "bert.pooler.dense.wei
 def test_help_shows_examples(capsys):
     status, out, _ = run(capsys, "prune", "--help")
     assert status == 0
-    assert "examples:\n  python -m bertkern prune ./my-bert --sparsity 0.8 --block 16x4 --out" in out
+    assert "examples:\n  python -m bertkern prune ./my-bert ./my-bert-80 --sparsity 0.8" in out
     _, out, _ = run(capsys, "--help")
     assert "prune " in out
 
@@ -172,7 +172,7 @@ def test_what_does_not_fit_the_model(options, message, capsys, tiny_model, tmp_p
 
 def test_where_to_write(capsys, tiny_model, tmp_path):
     status, _, err = run(capsys, "prune", tiny_model, *SPARSE)
-    assert status == 2 and "required: --out" in err
+    assert status == 2 and "required: OUT" in err
     status, _, err = run(capsys, "prune", tiny_model, *SPARSE, "--out", tiny_model)
     assert status == 2 and "holds files; --force" in err
     status, _, err = run(capsys, "prune", tiny_model, *SPARSE, "--out", tiny_model, "--force")

@@ -50,6 +50,29 @@ def model_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", help="folder with a config.json, or a name on the Hugging Face hub")
 
 
+class _Out(argparse.Action):
+    """Takes the folder once, by its position or by --out; `places` are the two actions."""
+
+    places: list[argparse.Action]
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if namespace.out is not None:
+            parser.error(f"expected OUT once. Got {namespace.out} and {values}.")
+        namespace.out = values
+        for place in self.places:
+            place.required = False
+
+
+def out_arguments(sub: argparse.ArgumentParser) -> None:
+    """OUT, the folder that `models.save_model` writes, and --force; --out OUT is understood, too."""
+    about = "folder to write, with the tokenizer beside the weights"
+    # A position that may be left out would not be found behind options.
+    position = sub.add_argument("out", metavar="OUT", action=_Out, type=Path, help=about)
+    option = sub.add_argument("--out", action=_Out, type=Path, help=argparse.SUPPRESS)
+    position.places = option.places = [position, option]
+    sub.add_argument("--force", action="store_true", help="write into OUT even if it holds files")
+
+
 def check_folder(name: str, folder: Path) -> None:
     """Raises UsageError where files cannot be written into `folder`, which may not be there yet; `name`: what it is."""
     there = next(above for above in (folder, *folder.absolute().parents) if above.exists())

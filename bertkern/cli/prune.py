@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from .common import UsageError, add_command, model_argument
+from .common import UsageError, add_command, model_argument, out_arguments
 from .models import check_out, load_model, save_model
 
 
@@ -17,15 +16,15 @@ def add(commands: Any) -> None:
         "prune",
         run,
         "set the smallest weights of a model to zero and save it",
-        "prune ./my-bert --sparsity 0.8 --block 16x4 --out ./my-bert-80",
-        "prune ./my-bert --sparsity 0.9 --scope global --out ./out",
-        "prune ./my-bert --nm 2:4 --no-pooler --out ./out",
-        "prune ./my-bert --sparsity 0.7 --block 32x32 --set 'layer.0.*=0.3' --skip layer.11.output --out ./out",
+        "prune ./my-bert ./my-bert-80 --sparsity 0.8 --block 16x4",
+        "prune ./my-bert ./out --sparsity 0.9 --scope global",
+        "prune ./my-bert ./out --nm 2:4 --no-pooler",
+        "prune ./my-bert ./out --sparsity 0.7 --block 32x32 --set 'layer.0.*=0.3' --skip layer.11.output",
         more="\nThe result is an ordinary dense checkpoint. Pruning at once costs accuracy: fine-tune it with\n"
         "bertkern.Masks.of_zeros(model).hold(optimizer), or prune while training with bertkern.PruneCallback.\n",
     )
     model_argument(sub)
-    sub.add_argument("--out", required=True, type=Path, help="folder to write, with the tokenizer beside the weights")
+    out_arguments(sub)
     sub.add_argument("--sparsity", type=float, help="share of weights, blocks, rows or columns that become zero")
     shape = sub.add_mutually_exclusive_group()
     shape.add_argument("--block", type=_block, metavar="ROWSxCOLUMNS", help="whole blocks; default: single weights")
@@ -52,7 +51,6 @@ def add(commands: Any) -> None:
     sub.add_argument("--no-pooler", action="store_true", help="leave the pooler")
     sub.add_argument("--head", action="store_true", help="prune the task head, too")
     sub.add_argument("--random", type=int, metavar="SEED", help="random ones instead of the smallest")
-    sub.add_argument("--force", action="store_true", help="write into OUT even if it holds files")
 
 
 def run(arguments: argparse.Namespace) -> None:

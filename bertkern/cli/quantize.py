@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import UsageError, add_command, first_line, model_argument
+from .common import UsageError, add_command, first_line, model_argument, out_arguments
 from .models import check_out, load_model, save_model
 
 SCALES = "int8: a scale for each output (per_channel, the default) or for each layer (per_tensor)"
@@ -47,14 +47,13 @@ def add(commands: Any) -> None:
         more="\nThe result loads with: import bertkern; AutoModel.from_pretrained(OUT)\n",
     )
     model_argument(sub)
-    sub.add_argument("out", metavar="OUT", type=Path, help="folder to write, with the tokenizer beside the weights")
+    out_arguments(sub)
     sub.add_argument("--scheme", choices=tuple(OWN), default="int8", help="default: int8")
     sub.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="modules to leave; may be repeated")
     sub.add_argument("--no-embeddings", action="store_true", help="leave the embedding tables")
     for part in ("pooler", "head"):
         text = f"quantize the {'task head' if part == 'head' else part}; default: with int8, not with groupwise"
         sub.add_argument(f"--{part}", action=argparse.BooleanOptionalAction, help=text)
-    sub.add_argument("--force", action="store_true", help="write into OUT even if it holds files")
     sub.add_argument("--weight", choices=("per_channel", "per_tensor"), help=SCALES)
     low = sub.add_argument_group("groupwise", "weights of 2 to 8 bits, a scale and a zero point a group")
     low.add_argument(
