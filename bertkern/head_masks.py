@@ -111,7 +111,7 @@ def head_mask(model: nn.Module, mask: Tensor) -> Iterator[nn.Module]:
     uncompiled. Fused encoders stay fused and do not compute the attention of heads with a 0 at all.
 
     `model(..., head_mask=mask)` does the same for one call of an accelerated or quantized model, in its thread alone,
-    compiled, too; ALBERT refuses the keyword. MPNet ignores it, and so does a model that bertkern has not touched.
+    compiled, too; ALBERT and MPNet refuse the keyword. A model that bertkern has not touched ignores it.
 
     Args:
         model: a transformers model of a known family or ALBERT, or a module around one; as it is, accelerated or

@@ -65,6 +65,7 @@ def fuse(model: nn.Module, record: Record, keep_padding: bool, exact_attention: 
             if attention == "eager":
                 module.empty_attends = True
             fused_encoder = fused_encoder or hasattr(module, "layers")
+        _heed_head_masks(root)
         wants_attentions = getattr(root.config, "output_attentions", False)
         if fused_encoder and not wants_attentions and root.config._attn_implementation in NAMES:
             ours = NAMES[root.config._attn_implementation]
@@ -77,6 +78,8 @@ def fuse(model: nn.Module, record: Record, keep_padding: bool, exact_attention: 
 def unfuse(model: nn.Module) -> None:
     """Gives fused modules and packed layers their classes back."""
     fused = fused_class()
+    for root in layers.pretrained_roots(model).values():
+        _forget_head_masks(root)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.__dict__.pop("_packed", None)
@@ -96,6 +99,25 @@ def unfuse(model: nn.Module) -> None:
             if name in record.attention and module.config._attn_implementation in NAMES.values():
                 module.config._attn_implementation_internal = record.attention[name]
     delattr(model, RECORD)
+
+
+def _heed_head_masks(root: nn.Module) -> None:
+    """Has calls with a `head_mask` that would be dropped on its way raise."""
+    from .families import drops_head_mask
+    from .families._head_masks import refuse
+
+    if drops_head_mask(getattr(root.config, "model_type", "") or ""):
+        _forget_head_masks(root)
+        for model in {root, root.base_model}:
+            model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+def _forget_head_masks(root: nn.Module) -> None:
+    from .families._head_masks import refuse
+
+    for model in {root, root.base_model}:
+        for key in [key for key, hook in model._forward_pre_hooks.items() if hook is refuse]:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
 
 
 def _configs(root: nn.Module) -> dict[str, Any]:

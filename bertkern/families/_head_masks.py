@@ -9,6 +9,15 @@ from ..nn.head_masks import HeadFactors, checked, kept_of, layer_factors
 from ._attention import NAMES
 
 
+def refuse(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """A forward pre-hook of models whose code in transformers drops the keyword on the way to their encoder."""
+    if options.get("head_mask") is not None:
+        raise ValueError(
+            f"head_mask: expected no such keyword for {type(model).__name__}, whose code in transformers drops it. Got "
+            "one: run the model within `with bk.head_mask(model, mask):`."
+        )
+
+
 def for_layers(encoder: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a call of `encoder`, their `head_mask` as what the attention of its layers takes.
 

@@ -147,6 +147,9 @@ class MPNetEmbeddings(FusedEmbeddings, modeling_mpnet.MPNetEmbeddings):
         return super().forward(input_ids, position_ids, inputs_embeds, **kwargs)
 
 
+# Its models do not hand the keyword on to their encoder.
+DROPS_HEAD_MASK = True
+
 CLASSES = {
     modeling_mpnet.MPNetLayer: MPNetLayer,
     modeling_mpnet.MPNetEncoder: MPNetEncoder,

@@ -71,7 +71,7 @@ def kept_of(attention: nn.Module, heads: int) -> tuple[int, ...]:
 
 def layer_factors(mask: Tensor, kept: Sequence[Sequence[int]]) -> list[Tensor | None]:
     """For each layer the factors of the heads that it still has, [1 or B, kept heads]; None where all are one, or none
-    is left.
+    is left. Of a mask for a batch, one layer at least has factors.
 
     A mask with a gradient, or on a GPU, gives factors everywhere, be they one. Made without operations that keep
     tensors, so one call serves any number of backward passes.
@@ -89,7 +89,12 @@ def layer_factors(mask: Tensor, kept: Sequence[Sequence[int]]) -> list[Tensor | 
         made.append(row)
     if traced:
         return made
-    return [None if row is None or bool((row == 1).all()) else row for row in made]
+    plain = [None if row is None or bool((row == 1).all()) else row for row in made]
+    if mask.shape[1] != 1 and all(row is None for row in plain):
+        # Ones of each sequence fit one size of a batch alone: a layer keeps them, for the call to compare.
+        first = next((i for i, row in enumerate(made) if row is not None), None)
+        plain = [made[i] if i == first else None for i in range(len(made))]
+    return plain
 
 
 def multiplied(one: Tensor | None, other: Tensor | None) -> Tensor | None:

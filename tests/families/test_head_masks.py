@@ -1,6 +1,7 @@
 """Head masks against transformers 4's own formula in float64: probabilities times the mask, in every family."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -79,6 +80,63 @@ def test_multiple_choice_counts_choices(family):
         pytest.raises(ValueError, match=r"for a batch of 6 sequences. Got one for 3"),
     ):
         model(**call)
+
+
+@pytest.mark.parametrize("how", ["plain", "eager", bk.accelerate, bk.quantize_])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ones_are_for_their_batch_alone(family, how):
+    model = make(f"{family}ForSequenceClassification")
+    call, ones = zoo.inputs(model), torch.ones(rows_of(model), BATCH, HEADS)
+    if how == "eager" and family != "MPNet":
+        model.set_attn_implementation("eager")
+    elif callable(how):
+        how(model)
+    wrong = pytest.raises(
+        ValueError, match=r"head_mask: expected a mask .* for a batch of 3 sequences. Got one for 2\."
+    )
+    with torch.no_grad():
+        expected = model(**call).logits
+        for mask in (ones, ones[:, :1], ones.bool()):
+            with bk.head_mask(model, mask):
+                torch.testing.assert_close(model(**call).logits, expected)
+        with bk.head_mask(model, ones[:, :2]), wrong:
+            model(**call)
+        if callable(how) and family in KEYWORD_FAMILIES:
+            assert torch.equal(model(**call, head_mask=ones).logits, expected)
+            with wrong:
+                model(**call, head_mask=ones[:, :2])
+        torch.testing.assert_close(model(**call).logits, expected)
+
+
+@pytest.mark.parametrize("swap", [bk.accelerate, bk.quantize_])
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice"])
+def test_mpnet_refuses_the_keyword(head, swap):
+    """Its code in transformers drops it."""
+    config = {} if swap is bk.accelerate else {"config": bk.Int8Config(keep_original=True)}
+    model = bk.accelerate(swap(make(f"MPNet{head}"), **config))  # twice is once
+    call, mask = zoo.inputs(model), random_mask(model, "layers")
+    expected = zoo.answer(model, **call)
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.base_model):
+        with pytest.raises(
+            ValueError, match=r"whose code in transformers drops it.*`with bk.head_mask\(model, mask\):`"
+        ):
+            one(**call, head_mask=mask)
+    got = zoo.answer(model, **call, head_mask=None)
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    bk.restore(model)
+    assert not any(module._forward_pre_hooks or module._forward_pre_hooks_with_kwargs for module in model.modules())
+    model(**call, head_mask=mask)  # transformers' own way again
+
+
+def test_compiled_mpnet_refuses_the_keyword():
+    torch._dynamo.reset()
+    model = bk.accelerate(make("MPNetModel"))
+    call = zoo.inputs(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(**call).last_hidden_state, model(**call).last_hidden_state)
+    with pytest.raises(Exception, match=r"whose code in transformers drops it"):
+        torch.compile(model, backend="eager")(**call, head_mask=torch.zeros(HEADS))
 
 
 @pytest.mark.parametrize("how", ["plain", "accelerated"])
