@@ -182,7 +182,8 @@ def _qbert(run: Run) -> str:
     columns, rows = methods(run, task), []
     if whole:
         size = run.find("as is", "size_mb", whole.x_value)
-        cells = [f"{trained.median:.4f}" if name == "qat" and trained else f"{whole.median:.4f}" for name in columns]
+        beside = [trained if name == "qat" else whole for name in columns]
+        cells = [f"{row.median:.4f}" if row else "-" for row in beside]
         rows.append(["fp32", "32", f"{size.median:.0f}", *cells])
     prefix = f"{task} "
     for form in (x.removeprefix(prefix) for x in run.x_values(metric) if x.startswith(prefix)):
