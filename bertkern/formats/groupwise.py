@@ -286,7 +286,12 @@ def group_ranges(weight: Tensor, axis: str = "n", group_size: int = 1, shared: b
 
 
 def grid(
-    low: Tensor, high: Tensor, bits: Tensor | int, symmetric: bool = False, whole_zero: bool = False
+    low: Tensor,
+    high: Tensor,
+    bits: Tensor | int,
+    symmetric: bool = False,
+    whole_zero: bool = False,
+    steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(scale, zero) of the grid of 2^bits points that reaches from `low` to `high`.
 
@@ -296,8 +301,10 @@ def grid(
         symmetric: points (q - 2^(bits - 1)) * scale with scale = max(-low, high) / (2^(bits - 1) - 1); the lowest code
             is not used then.
         whole_zero: the zero point is rounded, and the range reaches to 0, so that 0 is a point.
+        steps: 2^bits as fp32, where it is known.
     """
-    steps = 2.0 ** torch.as_tensor(bits, dtype=torch.float32, device=low.device)
+    if steps is None:
+        steps = 2.0 ** torch.as_tensor(bits, dtype=torch.float32, device=low.device)
     if symmetric:
         scale = torch.maximum(-low, high) / (steps / 2 - 1)
         return _above_zero(scale), (steps / 2).expand(low.shape).clone()

@@ -14,7 +14,7 @@ from bertkern.compress.groupwise import modules as qat_modules
 from bertkern.compress.groupwise.fake_quant import fake_static, fake_tokens, straight_through
 from bertkern.config import GroupwiseConfig, Int8Config
 from bertkern.formats.groupwise import quantize_groupwise
-from bertkern.formats.rounding import round_weight
+from bertkern.formats.rounding import METHODS, round_weight
 from tests import reference
 from tests.tiny_models import VOCABULARY, inputs, main_output, tiny
 
@@ -169,6 +169,32 @@ def test_table_rows_are_groups():
     counts = torch.bincount(ids[ids != table.padding_idx].flatten(), minlength=VOCABULARY).float()
     assert torch.equal(table.weight.grad, counts[:, None].expand(-1, 48))
     assert table(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 48)
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile"])
+def test_rows_that_are_read_twice_are_searched_once(method, monkeypatch):
+    model = prepare_qat(tiny("BertModel"), GroupwiseConfig(groups=8, embedding_bits=3, method=method)).train()
+    table = model.embeddings.word_embeddings
+    ids = torch.tensor([[5, 9, 5, 5], [9, 119, 7, 5]])
+    expected = round_weight(table.weight.detach(), 3, 1, method=method, whole_zero=True).dequantize()
+    seen, find = [], METHODS[method]
+    monkeypatch.setitem(METHODS, method, lambda groups, *more: seen.append(len(groups)) or find(groups, *more))
+    out = table(ids)
+    assert seen == [4] and torch.allclose(out, expected[ids], atol=1e-6)
+    out.sum().backward()
+    assert torch.equal(table.weight.grad[[5, 7, 9, 119], 0], torch.tensor([4.0, 1.0, 2.0, 1.0]))
+
+
+def test_what_no_step_changes_is_made_once(monkeypatch):
+    layer = prepared(GroupwiseConfig(bits=3, groups=8))
+    layer(rows())
+    expected = layer(rows())
+    monkeypatch.setattr(qat_modules, "expect_bits", lambda *_: pytest.fail("it is known"))
+    assert torch.equal(layer(rows()), expected)
+    assert torch.equal(copy.deepcopy(layer)(rows()), expected)
+    monkeypatch.undo()
+    assert layer.bfloat16()(rows().bfloat16()).dtype == torch.bfloat16
+    assert "_known" not in vars(layer.release())
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def fake_tokens(x: Tensor) -> Tensor:
         rows = x.float()
         low, high = rows.amin(-1, keepdim=True).clamp_(max=0), rows.amax(-1, keepdim=True).clamp_(min=0)
         step = high * (1 / 255) - low * (1 / 255)
-        step = torch.where(step > 0, step, torch.ones_like(step))
+        step = torch.where(step > 0, step, 1.0)
         zero = (-low / step).round_().clamp_(max=255)
         rounded = rows.div(step).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(step)
     return straight_through(x, rounded)

@@ -18,6 +18,7 @@ class Grids:
         scale, zero: fp32 [G] along axis "n", [N, G] or [1, G] along "k".
         bits: [G].
         symmetric: the zero point is the middle of the codes and stays there, the lowest code is not used.
+        known_top: what `top` is, where that is known.
     """
 
     scale: Tensor
@@ -27,6 +28,7 @@ class Grids:
     axis: str
     group_size: int
     symmetric: bool = False
+    known_top: Tensor | None = None
 
     @property
     def lowest(self) -> int:
@@ -36,7 +38,7 @@ class Grids:
     @property
     def top(self) -> Tensor:
         """The highest code of each group: [G]."""
-        return 2.0 ** self.bits.float() - 1
+        return 2.0 ** self.bits.float() - 1 if self.known_top is None else self.known_top
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the shape of scale, or [G], as they belong to the elements: broadcastable to [N, K]."""
@@ -52,19 +54,20 @@ class Grids:
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The codes nearest to weight [N, K], as fp32."""
-        return self._nearest(self._cut(weight)).reshape(self.shape)
+        return self._nearest(self._cut(weight), *self._beside_each()).reshape(self.shape)
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes [N, K] stand for."""
-        return ((self._cut(codes) - self._beside(self.zero)) * self._beside(self.scale)).reshape(self.shape)
+        scale, zero = self._beside_each()
+        return ((self._cut(codes) - zero) * scale).reshape(self.shape)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """weight [N, K] at the nearest points of the grids."""
-        codes = self._nearest(self._cut(weight))
-        return codes.sub_(self._beside(self.zero)).mul_(self._beside(self.scale)).reshape(self.shape)
+        scale, zero = self._beside_each()
+        return self._nearest(self._cut(weight), scale, zero).sub_(zero).mul_(scale).reshape(self.shape)
 
-    def _nearest(self, cut: Tensor) -> Tensor:
-        codes = (cut / self._beside(self.scale)).add_(self._beside(self.zero)).round_().clamp_(min=self.lowest)
+    def _nearest(self, cut: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        codes = (cut / scale).add_(zero).round_().clamp_(min=self.lowest)
         return torch.minimum(codes, self._beside(self.top), out=codes)
 
     @property
@@ -78,11 +81,14 @@ class Grids:
             return x
         return x.unflatten(0 if self.axis == "n" else 1, (-1, self.group_size))
 
+    def _beside_each(self) -> tuple[Tensor, Tensor]:
+        return self._beside(self.scale), self._beside(self.zero)
+
     def _beside(self, values: Tensor) -> Tensor:
         """Values of the shape of scale, or [G], broadcastable to what `_cut` makes."""
         if not self._even:
             return self.spread(values)
-        return values[:, None, None] if self.axis == "n" else values[..., None]
+        return values.reshape(-1, 1, 1) if self.axis == "n" else values.unsqueeze(-1)
 
     def moved(self, scale: Tensor, zero: Tensor) -> Grids:
         """The same groups on other grids."""

@@ -81,21 +81,33 @@ class _FakeQuant(Adopted):
             for name in ("weight_low", "weight_high"):
                 self.register_buffer(name, self._new_range(*rows, groups))
 
+    def release(self) -> nn.Module:
+        self.__dict__.pop("_known", None)
+        return super().release()
+
     def _bits(self) -> Tensor:
-        s = self.settings
-        groups = group_count(tuple(self.weight.shape), s.axis, s.group_size)
-        return expect_bits(type(self).__name__, s.bits, groups).to(self.weight.device)
+        return self._constants()[0]
+
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each group its bits, 2^bits and the highest code; made once, for small layers wait for little else."""
+        known, s = self.__dict__.get("_known"), self.settings
+        if known is None or known[0].device != self.weight.device:
+            groups = group_count(tuple(self.weight.shape), s.axis, s.group_size)
+            with torch.inference_mode(False):  # tensors made in it are of no use to a later training step
+                bits = expect_bits(type(self).__name__, s.bits, groups).to(self.weight.device)
+                steps = 2.0 ** bits.float()
+                known = self.__dict__["_known"] = (bits, steps, steps - 1)
+        return known
 
     def _grids(self, ends: tuple[Tensor, Tensor], bits: Tensor) -> Grids:
         s, on = self.settings, self.settings.on
-        shape = tuple(self.weight.shape)
-        return Grids(*grid(*ends, bits, *on), bits, shape, s.axis, s.group_size, on.symmetric)
+        shape, (_, steps, top) = tuple(self.weight.shape), self._constants()
+        return Grids(*grid(*ends, bits, *on, steps), bits, shape, s.axis, s.group_size, on.symmetric, top)
 
     def _live_range(self, bits: Tensor) -> tuple[Tensor, Tensor]:
         s, c = self.settings, self.settings.config
         shared = c.shared and s.axis == "k"
-        weight = self.weight.detach()
-        return find_ranges(METHODS[c.method], weight, bits, s.group_size, s.axis, s.on, shared)
+        return find_ranges(METHODS[c.method], self.weight, bits, s.group_size, s.axis, s.on, shared)
 
     def _followed_grids(self) -> Grids:
         """The grids of a training step, after the ranges have taken in the weight."""
@@ -194,7 +206,15 @@ class FakeQuantGroupwiseEmbedding(_FakeQuant, nn.Embedding):
         # Rounding and gathering commute, so only the rows that are read are rounded.
         s, c = self.settings, self.settings.config
         flat = rows.reshape(-1, rows.shape[-1])
-        bits = expect_bits(type(self).__name__, s.bits, len(flat)).to(flat.device)
-        low, high = find_ranges(METHODS[c.method], flat.detach(), bits, 1, "n", s.on, False)
-        scale, zero = grid(low, high, bits, *s.on)
+        bits = torch.full((len(flat),), s.bits, dtype=torch.uint8, device=flat.device)
+        if c.method == "minmax":
+            scale, zero = self._rows_grid(flat, bits)
+        else:
+            # A search or an order takes longer than to find rows that are read more than once, as nearly all are.
+            read, place = ids.reshape(-1).unique(return_inverse=True)
+            scale, zero = (part[place] for part in self._rows_grid(self.weight.detach()[read], bits[: len(read)]))
         return fake_weight(flat, Grids(scale, zero, bits, tuple(flat.shape), "n", 1, c.symmetric)).view(rows.shape)
+
+    def _rows_grid(self, rows: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.settings
+        return grid(*find_ranges(METHODS[s.config.method], rows.detach(), bits, 1, "n", s.on, False), bits, *s.on)
