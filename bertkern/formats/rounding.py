@@ -50,8 +50,8 @@ def round_weight(
     Args:
         method: "minmax": a grid reaches from the smallest to the largest weight of its group; "percentile": from the
             0.1th to the 99.9th percentile, interpolated; "mse": the one of the least squared error that a
-            search finds: never a greater error than by "minmax", and of a group of 64 within 2 % of the least there is.
-            It may begin or end a little outside of the group's own range.
+            search finds, which may begin or end up to a step outside of the group's own range: never a greater error
+            than by "minmax", and of a group of 64 within 2 % of the least among such grids.
 
     Example:
         >>> weight = torch.randn(64, 48)
