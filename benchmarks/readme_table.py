@@ -194,11 +194,11 @@ def _qbert(run: Run) -> str:
             scores = [f"{row.median:.4f}" if row else "-" for row in found]
             rows.append([f"**{form}**", f"{bits:g}", f"{size.median:.0f}", *scores])
     text = _markdown([f"{run.facts['model']}, {metric} on {task}", "bits", "MB", *columns], rows)
-    said = (
-        "minmax, mse and compensate round after training, qat trains with rounded weights (the median of its seeds; "
-        "fp32 there is trained as long); activations and tables have 8 bits"
-    )
-    return f"{text}\n\n{said[0].upper()}{said[1:]}. {facts_line(run)}."
+    after = [name for name in columns if name != "qat"]
+    said = f"{', '.join(after)}: rounded after training. " if after else ""
+    if "qat" in columns:
+        said += "qat: trained with rounded weights, the median of its seeds; fp32 there is trained as long. "
+    return f"{text}\n\n{said}Activations and tables have 8 bits. {facts_line(run)}."
 
 
 def _left_out(*runs: Run) -> str:

@@ -40,17 +40,17 @@ class Sink {
  private:
   bool nothing_to_do() const { return output_.activation == Activation::none && linear_.output_scale <= 0.0f; }
 
-  // Outputs of a panel that stand side by side in Y, too.
-  struct Stretch {
+  // A run: outputs of a panel that stand side by side in Y, too.
+  struct Run {
     int64_t from, to, count;
   };
-  static constexpr int64_t kStretchedRows = 4;  // fewer are over before stretches are found
+  static constexpr int64_t kRowsForRuns = 4;  // fewer are over before runs are found
 
   // The same for outputs that stand in another order than the columns of Y.
   void scatter(const float* buffer, int64_t r, int64_t mr, int64_t column, int64_t columns, Epilogue e) {
     alignas(64) float gathered[kMatrixRows * kPanel], made[kMatrixRows * kPanel];
     if (output_.residual) {
-      each_stretch(mr, column, columns, [&](int64_t i, int64_t from, int64_t to, int64_t count) {
+      each_run(mr, column, columns, [&](int64_t i, int64_t from, int64_t to, int64_t count) {
         copy(residual(r + i, to), gathered + i * kPanel + from, count);
       });
       e.residual = gathered, e.residual_pitch = kPanel;
@@ -72,7 +72,7 @@ class Sink {
   }
   template <class T>
   void place(const void* outputs, int64_t r, int64_t mr, int64_t column, int64_t columns) {
-    each_stretch(mr, column, columns, [&](int64_t i, int64_t from, int64_t to, int64_t count) {
+    each_run(mr, column, columns, [&](int64_t i, int64_t from, int64_t to, int64_t count) {
       copy(static_cast<const T*>(outputs) + i * kPanel + from, static_cast<T*>(row(r + i, to)), count);
     });
   }
@@ -80,23 +80,23 @@ class Sink {
   // Calls see(row, place in the panel, column of Y, outputs). Row by row: lines of many rows that lie 4 KiB apart would
   // drive each other out of the L1.
   template <class See>
-  void each_stretch(int64_t mr, int64_t column, int64_t columns, See&& see) {
+  void each_run(int64_t mr, int64_t column, int64_t columns, See&& see) {
     const uint32_t* const to = linear_.column + column;
-    if (mr < kStretchedRows) {
+    if (mr < kRowsForRuns) {
       for (int64_t i = 0; i < mr; ++i)
         for (int64_t c = 0; c < columns; ++c) see(i, c, int64_t{to[c]}, int64_t{1});
       return;
     }
-    if (column != stretched_) {
-      stretched_ = column, stretches_ = 0;
+    if (column != runs_at_) {
+      runs_at_ = column, run_count_ = 0;
       for (int64_t c = 0; c < columns; ++c)
         if (c && to[c] == to[c - 1] + 1)
-          ++stretch_[stretches_ - 1].count;
+          ++runs_[run_count_ - 1].count;
         else
-          stretch_[stretches_++] = {c, to[c], 1};
+          runs_[run_count_++] = {c, to[c], 1};
     }
     for (int64_t i = 0; i < mr; ++i)
-      for (int64_t s = 0; s < stretches_; ++s) see(i, stretch_[s].from, stretch_[s].to, stretch_[s].count);
+      for (int64_t s = 0; s < run_count_; ++s) see(i, runs_[s].from, runs_[s].to, runs_[s].count);
   }
   template <class T>
   static void copy(const T* from, T* to, int64_t count) {
@@ -110,8 +110,8 @@ class Sink {
   const Linear& linear_;
   const Output& output_;
   const RowKernels& kernels_ = row_kernels();
-  int64_t stretched_ = -1, stretches_ = 0;  // the column that the panel whose stretches these are begins with
-  Stretch stretch_[kPanel];
+  int64_t runs_at_ = -1, run_count_ = 0;  // the column that the panel whose runs these are begins with
+  Run runs_[kPanel];
 };
 
 // 1, 2 or 4 rows at a time straight from the planes.
