@@ -101,10 +101,11 @@ def encoder_size(folder: str) -> dict[str, float]:
 
 
 def tensors_mb() -> float:
-    """MB of all tensors that are alive in this process, memory that several share counted once."""
+    """MB of all dense tensors that are alive in this process, memory that several share counted once."""
     import torch
 
-    storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.device.type == "cpu"}.values()) / 1e6
 
 

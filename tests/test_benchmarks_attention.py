@@ -131,7 +131,7 @@ def test_every_option_of_a_benchmark_is_on_the_command_line():
     for name in bench.BENCHMARKS:
         known |= set(benchmarks(name).OPTIONS)
         parser = argparse.ArgumentParser()
-        bench._add_options(parser, benchmarks(name).OPTIONS, 1)
+        bench._add_options(parser, benchmarks(name).OPTIONS, rounds=1, threads=None)
     assert known == set(bench.OPTIONS)
 
 

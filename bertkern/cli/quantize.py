@@ -174,7 +174,7 @@ def _within_budget(model: Any, config: Any, arguments: argparse.Namespace, data:
             "count for: leave it out, or add --pooler or --head."
         )
     options = {name: value for name in BUDGET if (value := getattr(arguments, name)) is not None}
-    options["symmetric"], options["shared"], options["axis"] = config.symmetric, config.shared, config.axis
+    options |= {name: getattr(config, name) for name in ("axis", "symmetric", "shared", "whole_zero", "method")}
     cut = {"groups": config.groups} if config.group_size is None else {"group_size": config.group_size}
     try:
         chosen = bertkern.choose_bits(model, **data, **options, **cut)

@@ -14,6 +14,7 @@ from bertkern.compress.groupwise import quantization_errors
 from bertkern.compress.groupwise.knapsack import Option, cheapest
 from bertkern.compress.groupwise.sizes import Grouping
 from bertkern.formats.groupwise import quantize_groupwise
+from bertkern.formats.rounding import round_weight
 from tests.families import zoo
 
 LAYERS = [f"encoder.layer.{i}" for i in range(4)]
@@ -27,15 +28,24 @@ def assign(sensitivity, model, **options):
 
 @pytest.mark.parametrize("shape", [(13, 17), (24, 8), (1, 9), (40, 41)])
 @pytest.mark.parametrize(
-    "options", [{}, {"axis": "k"}, {"axis": "k", "shared": True}, {"symmetric": True}, {"group_size": 3, "axis": "k"}]
+    "options",
+    [
+        {},
+        {"whole_zero": False},
+        {"axis": "k"},
+        {"axis": "k", "shared": True},
+        {"symmetric": True},
+        {"group_size": 3, "axis": "k"},
+        {"method": "mse"},
+    ],
 )
 def test_sizes_and_errors_are_the_formats(shape, options):
     grouping = Grouping(groups=6, **options)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
     for bits in range(2, 9):
         size = grouping.size(shape)
-        shared, symmetric = options.get("shared", False), options.get("symmetric", False)
-        made = quantize_groupwise(weight, bits, size, grouping.axis, symmetric=symmetric, shared=shared)
+        how = {"whole_zero": True} | {name: options[name] for name in options if name not in ("axis", "group_size")}
+        made = round_weight(weight, bits, size, grouping.axis, **how)
         assert grouping.nbytes(shape, bits) == made.nbytes
         expected = float((made.dequantize(torch.float64) - weight.double()).square().sum())
         assert grouping.error(weight, bits) == pytest.approx(expected, rel=1e-4, abs=1e-9)
@@ -92,7 +102,7 @@ def test_exact_assignment_of_a_model():
     errors = quantization_errors(model, (2, 3, 4), Grouping(groups=8), progress=False)
     for name, layer in zip(scores, model.encoder.layer, strict=True):
         weights = [m.weight for m in layer.modules() if isinstance(m, nn.Linear)]
-        parts = [quantize_groupwise(w, 3, -(-w.shape[0] // 8)).dequantize() - w for w in weights]
+        parts = [round_weight(w, 3, -(-w.shape[0] // 8), whole_zero=True).dequantize() - w for w in weights]
         assert errors[name][3] == pytest.approx(sum(part.square().sum().item() for part in parts), rel=1e-4)
     for average in (2, 2.4, 3, 3.4, 4):
         found = assign(scores, model, choices=(2, 3, 4), average_bits=average, groups=8)

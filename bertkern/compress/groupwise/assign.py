@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 from tqdm.auto import tqdm
 
+from bertkern.nn.int8 import finite
 from bertkern.reports import table
 from bertkern.versioned import Versioned, is_number
 
@@ -142,6 +143,8 @@ def assign_bits(
     axis: str = "n",
     symmetric: bool = False,
     shared: bool = False,
+    whole_zero: bool = True,
+    method: str = "minmax",
     seed: int = 0,
     progress: bool = True,
 ) -> BitAssignment:
@@ -164,10 +167,10 @@ def assign_bits(
         average_bits: the budget as bits of the codes, over all weights of the layers.
         target_size_mb: the budget as MB of 10^6 bytes of the layers' matrices: codes, scales, zero points and bits.
         order: of "sorted": "sensitivity", or for comparison "reversed" or "random".
-        quantization_error: sums of squared errors by layer and bits, for "exact". None: of rounding the model's weights
-            from the smallest to the largest of each group.
+        quantization_error: sums of squared errors by layer and bits, for "exact". None: of rounding these weights.
         groups, group_size, axis, symmetric, shared: how matrices are cut into groups; group_size counts where it is
             given, else groups of ceil(side / groups).
+        whole_zero, method: how the model's weights are rounded, as in `GroupwiseConfig`; they bear upon the errors.
         seed: of the order "random".
         progress: show a progress bar while errors are computed.
 
@@ -185,7 +188,7 @@ def assign_bits(
     """
     caller = "assign_bits"
     choices = expect_choices(caller, choices)
-    grouping = Grouping(groups, group_size, axis, symmetric, shared).check(caller)
+    grouping = Grouping(groups, group_size, axis, symmetric, shared, whole_zero, method).check(caller)
     if rule not in RULES:
         raise ValueError(f"{caller}: expected rule to be one of {RULES}. Got {rule!r}.")
     if order not in ORDERS:
@@ -298,9 +301,9 @@ def quantization_errors(
     made: dict[str, dict[int, float]] = {}
     for name, place in tqdm(found.items(), desc="rounding errors", unit="layer", disable=not progress):
         matrices = place.matrices(caller).values()
-        made[name] = {bits: sum(grouping.error(weight, bits) for weight in matrices) for bits in choices}
-        if not all(map(math.isfinite, made[name].values())):
+        if not all(map(finite, matrices)):
             raise ValueError(f"{caller}: expected finite weights in {name}. Got NaN or Inf.")
+        made[name] = {bits: sum(grouping.error(weight, bits) for weight in matrices) for bits in choices}
     return made
 
 

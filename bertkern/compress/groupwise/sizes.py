@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bertkern.formats.groupwise import AXES, BITS, grid, group_count, group_ranges, round_to_grid
+from bertkern.formats.groupwise import AXES, BITS, group_count
+from bertkern.formats.rounding import METHODS, round_weight
 
 from .places import Place
 
@@ -23,6 +24,8 @@ class Grouping:
         axis: "n" or "k".
         symmetric: no zero points.
         shared: along "k": all rows share the groups' scales.
+        whole_zero: zero points are whole.
+        method: by which the range of a group is found; see `bertkern.formats.round_weight`.
     """
 
     groups: int = 128
@@ -30,6 +33,8 @@ class Grouping:
     axis: str = "n"
     symmetric: bool = False
     shared: bool = False
+    whole_zero: bool = True
+    method: str = "minmax"
 
     def check(self, caller: str) -> "Grouping":
         """Itself.
@@ -45,6 +50,8 @@ class Grouping:
             raise ValueError(f'{caller}: expected axis "n" or "k". Got {self.axis!r}.')
         if self.shared and self.axis == "n":
             raise ValueError(f'{caller}: expected axis "k" with shared. Got "n".')
+        if self.method not in METHODS:
+            raise ValueError(f"{caller}: expected method to be one of {tuple(METHODS)}. Got {self.method!r}.")
         return self
 
     def size(self, shape: tuple[int, int]) -> int:
@@ -68,17 +75,9 @@ class Grouping:
 
     def error(self, weight: Tensor, bits: int) -> float:
         """The sum of squares of what rounding `weight` [N, K] to its groups' grids changes."""
-        size = self.size(tuple(weight.shape))
-        low, high = group_ranges(weight, self.axis, size, self.shared)
-        scale, zero = grid(low, high, bits, self.symmetric)
-        codes = round_to_grid(weight, scale, zero, bits, self.axis, size)
-        if self.symmetric:
-            codes.clamp_(min=1)
-        side = weight.shape[0] if self.axis == "n" else weight.shape[1]
-        scale, zero = (values.repeat_interleave(size, -1)[..., :side] for values in (scale, zero))
-        if self.axis == "n":
-            scale, zero = scale[:, None], zero[:, None]
-        return float(((codes.float() - zero) * scale - weight.float()).double().square().sum())
+        how = {name: getattr(self, name) for name in ("method", "symmetric", "whole_zero", "shared")}
+        made = round_weight(weight, bits, self.size(tuple(weight.shape)), self.axis, **how)
+        return float((made.dequantize() - weight.float()).double().square().sum())
 
 
 def expect_choices(caller: str, choices: Iterable[int]) -> tuple[int, ...]:
