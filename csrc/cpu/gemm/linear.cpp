@@ -40,19 +40,19 @@ class Sink {
  private:
   bool nothing_to_do() const { return output_.activation == Activation::none && linear_.output_scale <= 0.0f; }
 
-  // A run: outputs of a panel that stand side by side in Y, too.
-  struct Run {
-    int64_t from, to, count;
-  };
-  static constexpr int64_t kRowsForRuns = 4;  // fewer are over before runs are found
+  static constexpr int64_t kRowsForPlaces = 4;  // fewer are over before places are found
 
   // The same for outputs that stand in another order than the columns of Y.
   void scatter(const float* buffer, int64_t r, int64_t mr, int64_t column, int64_t columns, Epilogue e) {
-    alignas(64) float gathered[kMatrixRows * kPanel], made[kMatrixRows * kPanel];
+    alignas(64) float gathered[kMatrixRows * kPanel + kPlaces], made[kMatrixRows * kPanel];
+    const bool apart = mr < kRowsForPlaces;
+    if (!apart && places_at_ != column) find_places(column, columns);
     if (output_.residual) {
-      each_run(mr, column, columns, [&](int64_t i, int64_t from, int64_t to, int64_t count) {
-        copy(residual(r + i, to), gathered + i * kPanel + from, count);
-      });
+      if (apart)
+        each(mr, column, columns,
+             [&](int64_t i, int64_t c, int64_t to) { gathered[i * kPanel + c] = *residual(r + i, to); });
+      else
+        kernels_.collect(residual(r, 0), output_.residual_pitch, mr, places_, place_count_, gathered);
       e.residual = gathered, e.residual_pitch = kPanel;
     }
     const void* outputs = buffer;
@@ -61,7 +61,9 @@ class Sink {
       kernels_.epilogue(buffer, static_cast<int>(mr), columns, e);
       outputs = made;
     }
-    switch (dtype_size(output_.dtype)) {
+    const int64_t bytes = dtype_size(output_.dtype);
+    if (!apart) return kernels_.spread(outputs, mr, places_, place_count_, bytes, row(r, 0), output_.out_pitch);
+    switch (bytes) {
       case 4:
         return place<uint32_t>(outputs, r, mr, column, columns);
       case 2:
@@ -71,47 +73,38 @@ class Sink {
     }
   }
   template <class T>
-  void place(const void* outputs, int64_t r, int64_t mr, int64_t column, int64_t columns) {
-    each_run(mr, column, columns, [&](int64_t i, int64_t from, int64_t to, int64_t count) {
-      copy(static_cast<const T*>(outputs) + i * kPanel + from, static_cast<T*>(row(r + i, to)), count);
-    });
+  void place(const void* outputs, int64_t r, int64_t mr, int64_t column, int64_t columns) const {
+    const T* from = static_cast<const T*>(outputs);
+    T* out = static_cast<T*>(output_.out) + r * output_.out_pitch;
+    const int64_t pitch = output_.out_pitch;
+    each(mr, column, columns, [&](int64_t i, int64_t c, int64_t to) { out[i * pitch + to] = from[i * kPanel + c]; });
   }
 
-  // Calls see(row, place in the panel, column of Y, outputs). Row by row: lines of many rows that lie 4 KiB apart would
-  // drive each other out of the L1.
+  // Calls see(row, place in the panel, column of Y).
   template <class See>
-  void each_run(int64_t mr, int64_t column, int64_t columns, See&& see) {
+  void each(int64_t mr, int64_t column, int64_t columns, See&& see) const {
     const uint32_t* const to = linear_.column + column;
-    if (mr < kRowsForRuns) {
-      for (int64_t i = 0; i < mr; ++i)
-        for (int64_t c = 0; c < columns; ++c) see(i, c, int64_t{to[c]}, int64_t{1});
-      return;
-    }
-    if (column != runs_at_) {
-      runs_at_ = column, run_count_ = 0;
-      for (int64_t c = 0; c < columns; ++c)
-        if (c && to[c] == to[c - 1] + 1)
-          ++runs_[run_count_ - 1].count;
-        else
-          runs_[run_count_++] = {c, to[c], 1};
-    }
     for (int64_t i = 0; i < mr; ++i)
-      for (int64_t s = 0; s < run_count_; ++s) see(i, runs_[s].from, runs_[s].to, runs_[s].count);
+      for (int64_t c = 0; c < columns; ++c) see(i, c, int64_t{to[c]});
   }
-  template <class T>
-  static void copy(const T* from, T* to, int64_t count) {
-    int64_t c = 0;
-    for (; c + 8 <= count; c += 8) std::memcpy(to + c, from + c, 8 * sizeof(T));
-    if (count & 4) std::memcpy(to + c, from + c, 4 * sizeof(T)), c += 4;
-    if (count & 2) std::memcpy(to + c, from + c, 2 * sizeof(T)), c += 2;
-    if (count & 1) to[c] = from[c];
+
+  void find_places(int64_t column, int64_t columns) {
+    const uint32_t* const to = linear_.column + column;
+    places_at_ = column, place_count_ = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t bit = c ? to[c] - places_[place_count_ - 1].to : 0;
+      if (bit > 0 && bit < kPlaces && to[c] > to[c - 1] && (kernels_.holes || to[c] == to[c - 1] + 1))
+        places_[place_count_ - 1].mask |= 1u << bit;
+      else
+        places_[place_count_++] = {static_cast<int32_t>(c), 1, to[c]};
+    }
   }
 
   const Linear& linear_;
   const Output& output_;
   const RowKernels& kernels_ = row_kernels();
-  int64_t runs_at_ = -1, run_count_ = 0;  // the column that the panel whose runs these are begins with
-  Run runs_[kPanel];
+  int64_t places_at_ = -1, place_count_ = 0;  // the column that the panel whose places these are begins with
+  Places places_[kPanel];
 };
 
 // 1, 2 or 4 rows at a time straight from the planes.

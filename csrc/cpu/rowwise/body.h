@@ -1,6 +1,7 @@
 // The row kernels, written once and compiled once per ISA. rowwise.h states what each computes.
 #include "cpu/rowwise/codes.h"
 #include "cpu/rowwise/rowwise.h"
+#include "cpu/rowwise/spread.h"
 #include "cpu/simd.h"
 
 namespace bertkern::cpu {
@@ -310,8 +311,8 @@ void epilogue(const float* tile, int mr, int64_t columns, const Epilogue& e) {
 }
 
 constexpr RowKernels make_row_kernels() {
-  return {load_row,       store_row,      quantize_row, quantize_range, flip_row,
-          layer_norm_row, add_scaled_row, epilogue,     transpose};
+  return {load_row,       store_row, quantize_row, quantize_range, flip_row, layer_norm_row,
+          add_scaled_row, epilogue,  kHoles,       spread,         collect,  transpose};
 }
 
 }  // namespace

@@ -15,6 +15,8 @@
 //   layer_norm_row  out = (x - mean) / sqrt(var + eps) * gamma + beta
 //   add_scaled_row  acc += scale * x, x fp32, bf16, fp16 or int8
 //   epilogue        what is left to do to a tile of a GEMM, see Epilogue
+//   spread          the outputs of a tile, kPanel apart, to their columns of Y, see Places; `bytes` of each
+//   collect         back: floats of Y into a tile
 //   transpose       dst[j][i] = src[i][j] of dwords
 #pragma once
 
@@ -47,6 +49,16 @@ struct Epilogue {
   int32_t code_zero;
 };
 
+// Where outputs of a tile stand in Y: those from `from` on, in as many of the columns [to, to + kPlaces) as have
+// their bit set in `mask`, in order. Where RowKernels::holes is false the bits set are the first ones.
+// A tile that outputs are collected into has room for kPlaces more, which are written and count for nothing.
+struct Places {
+  int32_t from;
+  uint32_t mask;
+  int64_t to;
+};
+constexpr int64_t kPlaces = 16;
+
 struct RowKernels {
   void (*load_row)(const void* x, Dtype dtype, int64_t n, float* out);
   void (*store_row)(const float* x, int64_t n, Dtype dtype, void* out);
@@ -56,6 +68,10 @@ struct RowKernels {
   void (*layer_norm_row)(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out);
   void (*add_scaled_row)(const void* x, Dtype dtype, int64_t n, float scale, float* acc);
   void (*epilogue)(const float* tile, int mr, int64_t columns, const Epilogue& e);
+  bool holes;
+  void (*spread)(const void* tile, int64_t rows, const Places* places, int64_t count, int64_t bytes, void* out,
+                 int64_t out_pitch);
+  void (*collect)(const float* y, int64_t y_pitch, int64_t rows, const Places* places, int64_t count, float* tile);
   void (*transpose)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst, int64_t ld_dst);
 };
 
