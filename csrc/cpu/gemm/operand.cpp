@@ -151,15 +151,12 @@ void pack_rows(const Rows& rows, int64_t group, Convert&& convert) {
 // Sums of a row's codes, and for groups along K the places that the operand has for them; `out` is the row itself where
 // these are the same.
 void place_codes(const Linear& linear, const Rows& rows, int64_t r, const uint8_t* codes, int32_t zero, uint8_t* out) {
+  row_kernels().sum_codes(codes, linear.k, linear.along_k ? linear.group_size : linear.k, zero, rows.sum + r,
+                          rows.rows);
+  if (out == codes) return;
   for (int64_t g = 0; g < linear.groups; ++g) {
-    const int64_t begin = linear.along_k ? linear.group[g].k : 0,
-                  length = linear.along_k ? linear.group[g].length : linear.k;
-    int32_t sum = 0;
-    for (int64_t i = begin; i < begin + length; ++i) sum += codes[i];
-    rows.sum[g * rows.rows + r] = static_cast<float>(sum - zero * static_cast<int32_t>(length));
-    if (out == codes) continue;
-    uint8_t* to = out + int64_t{linear.group[g].first} * 4;
-    std::memcpy(to, codes + begin, static_cast<size_t>(length));
+    const Group& group = linear.group[g];
+    std::memcpy(out + int64_t{group.first} * 4, codes + group.k, group.length);
   }
 }
 

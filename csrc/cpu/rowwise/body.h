@@ -209,6 +209,38 @@ void flip_row(const uint8_t* codes, int64_t n, uint8_t mask, uint8_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = codes[i] ^ mask;
 }
 
+BK_INLINE int32_t sum_of_codes(const uint8_t* codes, int64_t n) {
+  int64_t i = 0;
+  int32_t sum = 0;
+#if defined(__AVX512F__)
+  __m512i eights = _mm512_setzero_si512();
+  for (; i < n; i += 64) {
+    const __mmask64 mask = n - i < 64 ? (uint64_t{1} << (n - i)) - 1 : ~uint64_t{0};
+    eights =
+        _mm512_add_epi64(eights, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(mask, codes + i), _mm512_setzero_si512()));
+  }
+  return static_cast<int32_t>(_mm512_reduce_add_epi64(eights));
+#elif defined(__AVX2__)
+  __m256i eights = _mm256_setzero_si256();
+  for (; i + 32 <= n; i += 32) {
+    const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+    eights = _mm256_add_epi64(eights, _mm256_sad_epu8(some, _mm256_setzero_si256()));
+  }
+  int64_t lanes[4];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), eights);
+  sum = static_cast<int32_t>(lanes[0] + lanes[1] + lanes[2] + lanes[3]);
+#endif
+  for (; i < n; ++i) sum += codes[i];
+  return sum;
+}
+
+void sum_codes(const uint8_t* codes, int64_t n, int64_t group, int32_t zero, float* sums, int64_t pitch) {
+  for (int64_t i = 0; i < n; i += group, sums += pitch) {
+    const int64_t length = n - i < group ? n - i : group;
+    *sums = static_cast<float>(sum_of_codes(codes + i, length) - zero * static_cast<int32_t>(length));
+  }
+}
+
 // The sum of `of` each vector and how many of its lanes count, in several chains: one would wait for itself.
 template <class Of>
 BK_INLINE float sum_of(const float* x, int64_t n, Of&& of) {
@@ -311,7 +343,7 @@ void epilogue(const float* tile, int mr, int64_t columns, const Epilogue& e) {
 }
 
 constexpr RowKernels make_row_kernels() {
-  return {load_row,       store_row, quantize_row, quantize_range, flip_row, layer_norm_row,
+  return {load_row,       store_row, quantize_row, quantize_range, flip_row, sum_codes, layer_norm_row,
           add_scaled_row, epilogue,  kHoles,       spread,         collect,  transpose};
 }
 

@@ -12,6 +12,7 @@
 //                     halves their steps.
 //   flip_row        out = codes ^ mask: 0x80 turns signed codes into unsigned ones with zero point 128, and back;
 //                   may be in place
+//   sum_codes       sums[g * pitch] = the sum of (codes - zero) over the g-th `group` codes, the last ones fewer
 //   layer_norm_row  out = (x - mean) / sqrt(var + eps) * gamma + beta
 //   add_scaled_row  acc += scale * x, x fp32, bf16, fp16 or int8
 //   epilogue        what is left to do to a tile of a GEMM, see Epilogue
@@ -65,6 +66,7 @@ struct RowKernels {
   float (*quantize_row)(const float* x, int64_t n, float step, int32_t zero_point, uint8_t* out);
   float (*quantize_range)(const float* x, int64_t n, uint8_t* out, int32_t* zero_point);
   void (*flip_row)(const uint8_t* codes, int64_t n, uint8_t mask, uint8_t* out);
+  void (*sum_codes)(const uint8_t* codes, int64_t n, int64_t group, int32_t zero, float* sums, int64_t pitch);
   void (*layer_norm_row)(const float* x, int64_t n, const float* gamma, const float* beta, float eps, float* out);
   void (*add_scaled_row)(const void* x, Dtype dtype, int64_t n, float scale, float* acc);
   void (*epilogue)(const float* tile, int mr, int64_t columns, const Epilogue& e);
