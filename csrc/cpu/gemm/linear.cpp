@@ -264,9 +264,10 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     sums.residual_pitch = output.residual_pitch;
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
+    // Planes are decoded at once, and would be waited for with any number of rows.
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
-    const bool few = (g1 - g0 > 1 || rows.matrix) && rows.begin(g1) - rows.begin(g0) <= kFetchingRows;
-    const int64_t share = few && steps > 0 ? next.bytes / ((g1 - g0) * blocks) : 0;
+    const bool fetched = (g1 - g0 > 1 || rows.matrix) && (grouped || rows.begin(g1) - rows.begin(g0) <= kFetchingRows);
+    const int64_t share = fetched && steps > 0 ? next.bytes / ((g1 - g0) * blocks) : 0;
     const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
     if (share) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
     float* const carry = blocks > 1 ? carried.get<float>((rows.begin(g1) - rows.begin(g0)) * kPanel + 16) : nullptr;
