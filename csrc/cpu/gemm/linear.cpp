@@ -198,6 +198,10 @@ class MatrixUnit {
 
 thread_local Scratch restored, carried;
 
+void fetch(const char* data, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + at, 0, 2);
+}
+
 // Pieces of K after each of which sums are put aside. Few tiles do not come back to a panel's part often enough.
 constexpr int64_t kCarryingTiles = 3;
 int64_t blocks_of_k(const TileKernels& tiles, bool dense, int64_t kd, int64_t tile_count) {
@@ -264,12 +268,21 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     sums.residual_pitch = output.residual_pitch;
     // Few rows take weights from memory: the groups fetch the next panel while they compute, each its share, evenly.
     // (All at once, or a fixed distance ahead, is slower than nothing: it holds up the loads of the running panel.)
-    // Planes are decoded at once, and would be waited for with any number of rows.
+    // Planes are decoded at once, and would be waited for with any number of rows. So would lists: their panels are
+    // short, and fetched a tile's share before each tile.
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
-    const bool fetched = (g1 - g0 > 1 || rows.matrix) && (grouped || rows.begin(g1) - rows.begin(g0) <= kFetchingRows);
+    const bool fetched =
+        (g1 - g0 > 1 || rows.matrix) && (grouped || !dense || rows.begin(g1) - rows.begin(g0) <= kFetchingRows);
     const int64_t share = fetched && steps > 0 ? next.bytes / ((g1 - g0) * blocks) : 0;
     const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
-    if (share) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
+    const bool lists = share && !dense;
+    const int64_t index_share = lists ? next.index_bytes / (g1 - g0) : 0;
+    if (share && dense) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
+    if (lists && p + 1 < p1) {
+      const void* const vectors[] = {sums.init, sums.weight_scale, sums.bias};
+      for (const void* vector : vectors)
+        if (vector) fetch(static_cast<const char*>(vector) + kPanel * 4, kPanel * 4);
+    }
     float* const carry = blocks > 1 ? carried.get<float>((rows.begin(g1) - rows.begin(g0)) * kPanel + 16) : nullptr;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t k0 = block_begin(block), kd = block_begin(block + 1) - k0;
@@ -277,6 +290,10 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
       for (const Cut *cut = cuts, *end = cuts + count; cut < end; ++cut) {
         const int64_t r = cut->r;
         sums.ahead = ahead + (block * (g1 - g0) + cut->group - g0) * share;
+        if (lists) {
+          fetch(sums.ahead, share);
+          fetch(static_cast<const char*>(next.index) + (cut->group - g0) * index_share, index_share);
+        }
         if (carry) sums.carry = carry + (r - rows.begin(g0)) * kPanel;
         if (integer) {
           sums.row_scale = rows.scale + r;

@@ -240,10 +240,12 @@ void pack_group(const Linear& linear, const Rows& rows, int64_t group, const flo
 // pack_group for ready codes: u8 with xor_mask 0, s8 with 0x80.
 void pack_code_group(const Linear& linear, const Rows& rows, int64_t group, const uint8_t* codes, uint8_t xor_mask);
 
-// Weights that lie in one piece, to be fetched ahead.
+// Weights that lie in one piece, to be fetched ahead, and for Layout::panels their index.
 struct Piece {
   const uint32_t* data = nullptr;
   int64_t bytes = 0;
+  const void* index = nullptr;
+  int64_t index_bytes = 0;
 };
 Piece panel_weights(const Linear& linear, int64_t panel);
 SparsePanel sparse_panel(const Linear& linear, int64_t panel);  // of Layout::panels

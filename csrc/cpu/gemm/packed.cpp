@@ -383,7 +383,8 @@ Piece panel_weights(const Linear& linear, int64_t panel) {
     }
     case Layout::panels: {
       const SparsePanel b = sparse_panel(linear, panel);
-      return {b.weights, (b.both * kPanel + (b.half[0] + b.half[1]) * kHalfPanel) * 4};
+      const int64_t halves = b.half[0] + b.half[1];
+      return {b.weights, (b.both * kPanel + halves * kHalfPanel) * 4, b.index, (b.both + halves) * 4};
     }
     case Layout::tokens: {
       const TokenPanel b = token_panel(linear, panel, 0);
