@@ -188,8 +188,9 @@ BK_INLINE void one_set(typename Dot::Acc (&acc)[kSets][MR][kVectors]) {
   }
 }
 
-// Few bits are soon through a page, where the processor's own fetching ends: so from 2 KiB ahead. Measured: groups along
-// K gain a sixth (family 26); of groups along N long panels of few bits an eighth, others lose as much (family 25).
+// Few bits are soon through a page, where the processor's own fetching ends: so from 2 KiB ahead. Measured: groups
+// along K gain a sixth (family 26); of groups along N long panels of few bits gain an eighth, others lose as much
+// (family 25).
 constexpr int64_t kLongPanel = 512;  // dwords of K
 constexpr int64_t kPlanesAhead = 512;
 template <int kBits>
