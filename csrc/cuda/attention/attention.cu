@@ -100,8 +100,7 @@ BK_DEVICE float2 bias_pair(const void* bias, Type type, int64_t at, bool both, b
     found = *reinterpret_cast<const uint32_t*>(x);
   else
     found = x[0] | (both ? static_cast<uint32_t>(x[1]) << 16 : 0u);
-  if (type == Type::f16)
-    return make_float2(to_float(unpack2<__half>(found, 0)), to_float(unpack2<__half>(found, 1)));
+  if (type == Type::f16) return make_float2(to_float(unpack2<__half>(found, 0)), to_float(unpack2<__half>(found, 1)));
   return make_float2(to_float(unpack2<__nv_bfloat16>(found, 0)), to_float(unpack2<__nv_bfloat16>(found, 1)));
 }
 
