@@ -96,7 +96,8 @@ def test_mistakes_are_explained_in_one_line(capsys, argv, message):
 
 
 def test_an_unknown_model_is_explained(capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable is read once, when the hub's library is imported; without it every file is asked for again and again.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     status, _, err = run(capsys, "inspect", "no-such-user/no-such-model")
     assert status == 2
     assert "MODEL: expected a folder or a name on the hub. Got 'no-such-user/no-such-model'" in err
