@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bertkern import ops
-from bertkern.formats.groupwise import BITS, quantize_groupwise
+from bertkern.formats.groupwise import BITS, GroupwiseWeight, quantize_groupwise
 from tests import reference
 
 GROUPINGS = [("n", 1), ("n", 6), ("n", 64), ("n", 1000), ("k", 5), ("k", 6), ("k", 24), ("k", 64), ("k", 1000)]
@@ -52,6 +52,18 @@ def test_linear(bits, axis, size, operand):
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
             tolerance = 5e-4 if operand == torch.bfloat16 else 5e-5 if axis == "k" else 1e-5
             close(ops.linear(x, packed, n), expected(x, weight, bias, operand), tolerance)
+
+
+@pytest.mark.parametrize("axis", ["n", "k"])
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_without_inputs_the_bias_is_left(m, axis):
+    """Whatever the product before has left in the memory for the operand."""
+    before, groups = ops.pack_groupwise(weight_of(64, 768)), 11 if axis == "n" else 0
+    scale = torch.ones((groups,) if axis == "n" else (64, 0))
+    bits, none = torch.full((groups,), 4, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)
+    packed = ops.pack_groupwise(GroupwiseWeight(none, scale, scale * 3, bits, (64, 0), axis, 6), torch.ones(64))
+    ops.linear(torch.randn(m, 768) + 5, before, 64)
+    assert torch.equal(ops.linear(torch.zeros(m, 0), packed, 64), torch.ones(m, 64))
 
 
 @pytest.mark.parametrize("axis,size", GROUPINGS)

@@ -151,6 +151,7 @@ void pack_rows(const Rows& rows, int64_t group, Convert&& convert) {
 // Sums of a row's codes, and for groups along K the places that the operand has for them; `out` is the row itself where
 // these are the same.
 void place_codes(const Linear& linear, const Rows& rows, int64_t r, const uint8_t* codes, int32_t zero, uint8_t* out) {
+  if (!linear.along_k) rows.sum[r] = 0.0f;  // the one group is there without codes, too
   row_kernels().sum_codes(codes, linear.k, linear.along_k ? linear.group_size : linear.k, zero, rows.sum + r,
                           rows.rows);
   if (out == codes) return;
