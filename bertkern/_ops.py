@@ -18,14 +18,23 @@ from . import _cuda, _gradients, _lib, _mobilebert  # noqa: F401  (register grad
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "silu": 5}
 
 
-# Of `cpu_isa`, AVX2 and AVX-512 F: there the codes say how much int8 weights take (csrc/cpu/gemm/gemm.h, ordered).
-_ORDERING = (1, 2)
+# Features of int8 weights that share a list of dwords, by `cpu_isa`: AVX2 and AVX-512 F (gemm.h, ordered).
+_ORDERED = {1: 8, 2: 16}
 
 
 def _packed_size(n: int, k: int, kind: str, vectors: int = 1) -> int:
     rows = (n + 31) // 32 * 32
     per_dword = {"s8": 4, "bf16": 2, "f32": 1}[kind]
     return 64 + rows * ((k + per_dword - 1) // per_dword) * 4 + vectors * rows * 4
+
+
+def _lists_size(n: int, k: int) -> int:
+    """Index and table of int8 weights that the active ISA orders: csrc/cpu/gemm/linear.h."""
+    features = _ORDERED.get(torch.ops.bertkern.cpu_isa())
+    if features is None:
+        return 0
+    lists = (n + 31) // 32 * (32 // features)
+    return (lists * ((k + 3) // 4) + 1) // 2 * 4 + (lists + 1) * 8
 
 
 def _shapes(name: str) -> Callable[[Callable[..., Any]], None]:
@@ -54,11 +63,8 @@ def _(weight: Tensor, bias: Tensor | None) -> Tensor:
 def _(weight_codes, weight_scale, bias, input_scale=0.0, input_zero_point=0, output_scale=0.0) -> Tensor:
     # Rows with zero points of their own need no first sums: see csrc/cpu/gemm/linear.h.
     own = input_scale == 0 and input_zero_point == 0
-    if torch.ops.bertkern.cpu_isa() in _ORDERING:
-        if not isinstance(weight_codes, FakeTensor):
-            raise RuntimeError("pack_qlinear: expected tensors with data, which decide the packed size. Got none.")
-        return weight_codes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
-    return weight_codes.new_empty(_packed_size(*weight_codes.shape, "s8", 3 if own else 4), dtype=torch.uint8)
+    size = _packed_size(*weight_codes.shape, "s8", 3 if own else 4) + _lists_size(*weight_codes.shape)
+    return weight_codes.new_empty(size, dtype=torch.uint8)
 
 
 @_shapes("pack_sparse_linear")

@@ -85,6 +85,7 @@ BK_INLINE vi vspread_of_four(vi x) {  // lane i of each four lanes to all of the
 }
 BK_INLINE vi vshift_left16(vi a, int bits) { return _mm512_slli_epi16(a, static_cast<unsigned>(bits)); }
 BK_INLINE vi vshift_right16(vi a, int bits) { return _mm512_srai_epi16(a, static_cast<unsigned>(bits)); }
+BK_INLINE vi vshift_right16_unsigned(vi a, int bits) { return _mm512_srli_epi16(a, static_cast<unsigned>(bits)); }
 BK_INLINE vi vmadd16(vi a, vi b) { return _mm512_madd_epi16(a, b); }    // sums of neighbouring 16-bit products
 BK_INLINE vi vmadd8(vi a, vi b) { return _mm512_maddubs_epi16(a, b); }  // of u8 x s8, saturated to 16 bits
 BK_INLINE vi vadd16(vi a, vi b) { return _mm512_add_epi16(a, b); }
@@ -214,6 +215,7 @@ BK_INLINE vi vsub8(vi a, vi b) { return _mm256_sub_epi8(a, b); }
 BK_INLINE void vstorei(int32_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 BK_INLINE vi vshift_left16(vi a, int bits) { return _mm256_slli_epi16(a, bits); }
 BK_INLINE vi vshift_right16(vi a, int bits) { return _mm256_srai_epi16(a, bits); }
+BK_INLINE vi vshift_right16_unsigned(vi a, int bits) { return _mm256_srli_epi16(a, bits); }
 BK_INLINE vi vmadd16(vi a, vi b) { return _mm256_madd_epi16(a, b); }
 BK_INLINE vi vmadd8(vi a, vi b) { return _mm256_maddubs_epi16(a, b); }
 BK_INLINE vi vadd16(vi a, vi b) { return _mm256_add_epi16(a, b); }

@@ -62,8 +62,15 @@ def test_integers_are_equal_on_all(run_python):
 PACK = """
 import sys, torch
 from bertkern import ops
-weight = (torch.randn(70, 203, generator=torch.Generator().manual_seed(0)) * 38).round().clamp(-127, 127).to(torch.int8)
-torch.save((weight, ops.pack_qlinear(weight, torch.rand(70, generator=torch.Generator().manual_seed(1)))), sys.argv[1])
+from bertkern.formats import BsrWeight
+generator = torch.Generator().manual_seed(0)
+weight = (torch.randn(70, 203, generator=generator) * 38).round().clamp(-127, 127).to(torch.int8)
+scale = torch.rand(70, generator=generator)
+mask = (torch.rand(5, 51, generator=generator) < 0.4).repeat_interleave(16, 0).repeat_interleave(4, 1)[:70, :203]
+made = [(weight, ops.pack_qlinear(weight, scale))]
+for form in ("panels", "tokens"):
+    made.append((weight * mask, ops.pack_sparse_linear(BsrWeight.from_dense(weight * mask, (16, 4)), scale, form=form)))
+torch.save(made, sys.argv[1])
 """
 
 
@@ -71,9 +78,10 @@ torch.save((weight, ops.pack_qlinear(weight, torch.rand(70, generator=torch.Gene
 def test_weights_packed_for_another_one(isa, run_python, tmp_path):
     result = run_python(["-c", PACK, str(tmp_path / "packed.pt")], BERTKERN_CPU_ISA=isa)
     assert result.returncode == 0, result.stderr[-2000:]
-    weight, packed = torch.load(tmp_path / "packed.pt", weights_only=True)
-    codes, scale, _ = ops.unpack_linear(packed)
-    assert torch.equal(codes, weight)
-    x = torch.randint(0, 256, (9, 203), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    here = ops.pack_qlinear(weight, scale)
-    assert torch.equal(ops.qgemm(x, torch.ones(1), 7, packed, 70), ops.qgemm(x, torch.ones(1), 7, here, 70))
+    x = torch.randint(0, 256, (29, 203), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    for weight, packed in torch.load(tmp_path / "packed.pt", weights_only=True):
+        codes, scale, _ = ops.unpack_linear(packed)
+        assert torch.equal(codes, weight)
+        here = ops.pack_qlinear(weight, scale)
+        for m in (1, 9, 29):
+            assert torch.equal(*(ops.qgemm(x[:m], torch.ones(1), 7, w, 70) for w in (packed, here)))

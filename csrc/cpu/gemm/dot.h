@@ -21,6 +21,7 @@
 //
 //   void step_pair(Acc&, vi x, vi w)                 one dword; 2 products fit 16 bits
 //   void step_four(Acc&, vi x, vi w, vi x2, vi w2)   two dwords; 4 products do
+//   void step_wide(Acc&, vi x, Vec w)                one dword; a product does
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -93,6 +94,10 @@ struct Dot_madd {
   BK_INLINE void step_pair(Acc& acc, vi x, vi w) { acc = vaddi(acc, vsum16(vmadd8(x, w))); }
   BK_INLINE void step_four(Acc& acc, vi x, vi w, vi x2, vi w2) {
     acc = vaddi(acc, vsum16(vadd16(vmadd8(x, w), vmadd8(x2, w2))));
+  }
+  BK_INLINE void step_wide(Acc& acc, vi x, const Vec& w) {
+    const Act planes{vandi(x, vseti(0x00ff00ff)), vshift_right16_unsigned(x, 8)};
+    step(acc, planes, w);
   }
   BK_INLINE vf value(Acc acc) { return to_float(acc); }
 };

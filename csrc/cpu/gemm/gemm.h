@@ -29,21 +29,19 @@
 // Where there is no dot product of bytes (AVX2, AVX-512 F), vpmaddubsw adds two products u8 x s8 in 16 bits, and
 // saturates beyond them. Weights bound these sums, whatever the activations: P of them positive and Q negative ones
 // give 255 Q to 255 P, which 16 bits hold up to P, -Q = kOrderBound. Hence `ordered` features together list the dwords
-// of K, in two parts:
+// of K, in three parts:
 //
 //   fours   two dwords at a time: 4 products (of both dwords' lower halves, and upper ones) stay in bounds
 //   pairs   one dword: 2 products do
+//   wide    one dword, whose bytes become 16-bit numbers: vpmaddwd adds in 32 bits
 //
-// What is too large for that is taken off the weights, and stands in corrections: dwords of K and weights for one
-// feature each, whose lanes are rows of X. (sum u w = sum u (w - c) + sum u c: the integers are the same.) Steps of
-// corrections hold one for each feature, weights of 0 where there is none.
-//
-// An ordered list is [KD] entries of `ordered` dwords, then [steps][ordered] of corrections, weights and index alike.
+// An ordered list is [count] entries of `ordered` dwords and their index. Dense weights list every dword of K.
 //
 // Sparse weights list the dwords of K at which they are not zero, and nothing else is stored or read:
 //
 //   panels   a panel lists dwords where its features have a nonzero: those of both halves of 16 features, then of the
-//            first half alone, of the second alone. Lanes are features, as in the dense tile.
+//            first half alone, of the second alone. Lanes are features, as in the dense tile. Where s8 is ordered,
+//            every ordered list lists the dwords of its own features.
 //   tokens   every R = 1, 2 or 4 features have a list of their own: [entry][R] dwords. Lanes are rows of X, which lie
 //            in groups of kTokens: [KD][planes][kTokens]. Lists are cut where a multiple of token_block(R) dwords of K
 //            begins: the rows of X that all lists use by turns stay in the L1 meanwhile.
@@ -103,10 +101,10 @@ constexpr int32_t kOrderBound = 128;
 constexpr int64_t kMostOrdered = 8192;  // dwords of K: sums of more could overflow int32 in any case
 constexpr int64_t kMostLists = 4;
 struct OrderedList {
-  const uint16_t* index;    // [KD], then [steps][ordered]: a dword of K each
-  const uint32_t* weights;  // [KD] entries, `step` dwords apart, then [steps][ordered]
+  const uint16_t* index;    // [count]: a dword of K each
+  const uint32_t* weights;  // [count] entries, `step` dwords apart
   int64_t step;
-  int64_t fours, steps;  // dwords in fours, an even number; steps of corrections
+  int64_t count, fours, wide;  // dwords: all, those in fours, an even number, and wide ones, the last of them
 };
 struct PanelOrder {
   OrderedList list[kMostLists];  // [32 / ordered]
@@ -114,8 +112,7 @@ struct PanelOrder {
 
 using TileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const TileOutput& output);
 
-using OrderedTileFn = void (*)(const uint32_t* a, int64_t lda, int64_t kd, const PanelOrder& order,
-                               const TileOutput& output);
+using OrderedTileFn = void (*)(const uint32_t* a, int64_t lda, const PanelOrder& order, const TileOutput& output);
 
 struct SparsePanel {
   const uint32_t* index;    // [both + half[0] + half[1]], ascending within each of the three

@@ -219,10 +219,10 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
                 const Output& output, const void* start) {
   const TileKernels& tiles = tile_kernels(linear.kind);
   const bool integer = linear.kind == WeightKind::s8, grouped = linear.layout == Layout::grouped;
-  const bool dense = linear.layout == Layout::dense || grouped, along_k = scaled_along_k(linear);
+  const bool sparse = linear.layout == Layout::panels, along_k = scaled_along_k(linear);
   const bool may_list = tiles.ordered > 0 && grouped && !along_k && linear.kd <= kMostOrdered;
   const bool listed_all = in_lists(linear);
-  const bool foreign = linear.ordered && !listed_all;  // packed under another ISA
+  const bool foreign = linear.ordered && !listed_all;  // packed under another ISA: panels are restored, whole
   Sink sink(linear, output);
   Narrow narrow(linear, rows);
   alignas(64) float buffer[kMatrixRows * kPanel];
@@ -232,7 +232,7 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
     const bool direct = sink.in_tile() && columns == kPanel;
-    const SparsePanel listed = dense ? SparsePanel{} : sparse_panel(linear, p);
+    const SparsePanel listed = sparse && !linear.ordered ? sparse_panel(linear, p) : SparsePanel{};
     const bool straight = narrow.takes(p);
     const int bits = grouped && !along_k ? static_cast<int>(linear.grouped_panel[p].bits) : 0;
     const bool ordered = listed_all || (may_list && bits <= kOrderedBits);
@@ -249,14 +249,13 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     const uint32_t* panel = straight  ? panel_weights(linear, p).data
                             : grouped ? decoded_panel(linear, p)
                             : foreign ? restored_panel(linear, p)
-                            : dense   ? panel_weights(linear, p).data
-                                      : listed.weights;
+                                      : panel_weights(linear, p).data;
     const PanelOrder order = !ordered     ? PanelOrder{}
                              : listed_all ? panel_order(linear, p)
                                           : order_of_bits(bits, panel, linear.kd, tiles.ordered);
-    const int64_t blocks = blocks_of_k(tiles, dense && !rows.matrix, linear.kd, count);
+    const int64_t blocks = blocks_of_k(tiles, !sparse && !rows.matrix, linear.kd, count);
     const auto block_begin = [&](int64_t block) { return linear.kd * block / blocks; };
-    const int64_t steps = dense ? block_begin(1) : listed.both + listed.half[0] + listed.half[1];
+    const int64_t steps = sparse ? 1 : block_begin(1);
     TileOutput sums{};
     sums.init = static_cast<const char*>(start) + column * 4;
     if (integer) sums.weight_scale = linear.scale + column, sums.bias = linear.bias + column;
@@ -272,12 +271,12 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     // short, and fetched a tile's share before each tile.
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
     const bool fetched =
-        (g1 - g0 > 1 || rows.matrix) && (grouped || !dense || rows.begin(g1) - rows.begin(g0) <= kFetchingRows);
+        (g1 - g0 > 1 || rows.matrix) && (grouped || sparse || rows.begin(g1) - rows.begin(g0) <= kFetchingRows);
     const int64_t share = fetched && steps > 0 ? next.bytes / ((g1 - g0) * blocks) : 0;
     const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
-    const bool lists = share && !dense;
+    const bool lists = share && sparse;
     const int64_t index_share = lists ? next.index_bytes / (g1 - g0) : 0;
-    if (share && dense) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
+    if (share && !sparse) sums.ahead_step = std::min<int64_t>(64, (share + steps - 1) / steps);
     if (lists && p + 1 < p1) {
       const void* const vectors[] = {sums.init, sums.weight_scale, sums.bias};
       for (const void* vector : vectors)
@@ -309,8 +308,8 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
                    : tiles.group_tile[cut->mr](cut->a, rows.pitch, panel, scaled, sums);
         } else if (ordered) {
           const uint32_t* const dwords = cut->a + linear.kd * (rows.planes - 1) * rows.pitch;
-          tiles.ordered_tile[cut->mr](dwords, rows.pitch, linear.kd, order, sums);
-        } else if (dense) {
+          tiles.ordered_tile[cut->mr](dwords, rows.pitch, order, sums);
+        } else if (!sparse || foreign) {
           tiles.tile[cut->mr](cut->a + k0 * rows.pitch * tiles.planes, rows.pitch, panel + k0 * kPanel, kd, sums);
         } else {
           tiles.sparse_tile[cut->mr](cut->a, rows.pitch, listed, sums);

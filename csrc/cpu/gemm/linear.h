@@ -3,7 +3,7 @@
 //   bytes 0..63   LinearHeader
 //   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h); ordered: lists [panels x 32 / ordered]
 //   index         `entries` dwords of K, padded to 4 bytes: uint32 (panels), uint16 (tokens, ordered)
-//   table         PanelEntry [panels], OrderedEntry [panels][32 / ordered] (ordered),
+//   table         PanelEntry [panels], OrderedEntry [panels x 32 / ordered + 1] (ordered, dense and panels),
 //                 uint32 [1 + panels * blocks * 32 / R] (tokens): 0, then where the parts of lists end; for every
 //                 kTokenPanels panels [blocks of K][panels][32 / R], as weights and index lie, too
 //   init          int32 [Np]   s8 with one zero point for all rows only: -input_zero * sum_k W[n, k],
@@ -49,8 +49,8 @@ struct PanelEntry {
 };
 
 struct OrderedEntry {
-  uint32_t before;  // steps of corrections in the lists before this one
-  uint16_t fours, steps;
+  uint32_t before;  // dwords in the lists before this one
+  uint16_t fours, wide;
 };
 
 struct GroupHeader {
@@ -71,9 +71,10 @@ struct LinearHeader {
   float output_scale;  // 0: the output is not fake-quantized
   int32_t has_bias;
   int16_t layout;
-  int16_t features;  // R of tokens; dense: `ordered`; grouped: 1 for groups along K, plus 2 where outputs are permuted
-  uint32_t check;    // of the other fields: sparse tables are read by them, and no size would tell a wrong K
-  int64_t entries;   // of the index
+  int16_t features;  // R of tokens; dense and panels: `ordered`; grouped: 1 for groups along K, plus 2 where outputs
+                     // are permuted
+  uint32_t check;   // of the other fields: sparse tables are read by them, and no size would tell a wrong K
+  int64_t entries;  // of the index
   int64_t weight_dwords;
 };
 static_assert(sizeof(LinearHeader) == 64, "the packed weights start at a cache line");
@@ -83,7 +84,7 @@ struct Linear {
   Layout layout;
   int64_t n, k, kd, panels;
   int64_t features;  // R of tokens
-  int64_t ordered;   // features of dense weights that share a list of dwords; 0: there are none
+  int64_t ordered;   // features of dense weights or panels that share a list of dwords; 0: there are none
   const uint32_t* weights;
   const void* index;
   const void* table;
@@ -130,15 +131,25 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear);
 // Panel `panel` of a dense weight [n, k], fp32 or bf16 as `kind` says or int8 codes: dwords [kd][32].
 void fill_panel(const LinearHeader& header, const void* weight, int64_t panel, uint32_t* dwords);
 
-struct OrderedWeights {
-  std::vector<uint32_t> weights;
-  std::vector<uint16_t> index;
-  std::vector<OrderedEntry> table;
-  uint32_t steps = 0;  // of corrections, so far
+// Lists of all panels, as the packed form has them.
+class OrderedWeights {
+ public:
+  explicit OrderedWeights(int64_t features) : features_(features) {}
+  // panel: [kd][32], in order of N. `sparse`: what is zero in all features of a list is not listed.
+  void add(const uint32_t* panel, int64_t kd, bool sparse);
+  // Fills in features, entries and weight_dwords.
+  void measure(LinearHeader& header) const;
+  void write(void* weights, void* index, void* table) const;
+
+ private:
+  int64_t features_;
+  std::vector<uint32_t> weights_;
+  std::vector<uint16_t> index_;
+  std::vector<OrderedEntry> table_;
 };
-// Orders a dense weight for the tiles of the active ISA and fills in features, entries and weight_dwords. False: they
-// take none.
-bool order_weights(LinearHeader& header, const void* weight, OrderedWeights& ordered);
+// Features that share a list with the tiles of the active ISA; 0: they take none.
+int64_t ordered_features(const LinearHeader& header);
+OrderedWeights order_weights(const LinearHeader& header, const void* weight);  // a dense one
 
 // weight as in `fill_panel`, codes with `scale` [n] ([1] where scale_count == 1); ordered: null, or of order_weights.
 void pack_linear(const LinearHeader& header, const void* weight, const OrderedWeights* ordered, const float* scale,
@@ -163,10 +174,12 @@ struct Blocks {
   const void* values;
   int64_t rows, columns;
 };
+OrderedWeights order_blocks(const LinearHeader& header, const Blocks& blocks);
 // Fills in entries and weight_dwords, and chooses nothing: layout and features are the caller's.
 void measure_sparse(LinearHeader& header, const Blocks& blocks);
-void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* scale, int64_t scale_count,
-                 const float* bias, void* out);
+// ordered: null, or of order_blocks.
+void pack_sparse(const LinearHeader& header, const Blocks& blocks, const OrderedWeights* ordered, const float* scale,
+                 int64_t scale_count, const float* bias, void* out);
 
 // Group-wise weights in their canonical form (bertkern/formats/groupwise.py), checked by the caller.
 struct GroupwiseWeight {
@@ -248,7 +261,7 @@ struct Piece {
   int64_t index_bytes = 0;
 };
 Piece panel_weights(const Linear& linear, int64_t panel);
-SparsePanel sparse_panel(const Linear& linear, int64_t panel);  // of Layout::panels
+SparsePanel sparse_panel(const Linear& linear, int64_t panel);  // of Layout::panels that are not ordered
 // Of Layout::tokens: blocks of K; the parts of a panel's lists that lie in one of them.
 int64_t token_blocks(const Linear& linear);
 TokenPanel token_panel(const Linear& linear, int64_t panel, int64_t block);

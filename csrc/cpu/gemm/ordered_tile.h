@@ -23,31 +23,17 @@ BK_INLINE void four_step(typename Dot::Acc (&acc)[MR][1], const uint32_t* x, con
     Dot::step_four(acc[r][0], vseti(static_cast<int32_t>(x[r])), w, vseti(static_cast<int32_t>(x2[r])), w2);
 }
 
-// acc[r] = sum over steps of x[r] and the weights of the one feature that is lane 0, 1, ...: lanes are rows while it is
-// summed, features after it.
-template <class Dot, int MR, int kPitch>
-BK_INLINE void correct(typename Dot::Acc (&acc)[MR][1], const uint32_t* x, const uint16_t* index,
-                       const uint32_t* weights, int64_t steps) {
-  vi sum[kWidth];
+template <class Dot, int MR>
+BK_INLINE void wide_step(typename Dot::Acc (&acc)[MR][1], const uint32_t* x, const typename Dot::Vec& w) {
 #pragma GCC unroll 16
-  for (int f = 0; f < kWidth; ++f) sum[f] = vseti(0);
-  for (int64_t i = 0; i < steps; ++i, index += kWidth, weights += kWidth)
-#pragma GCC unroll 16
-    for (int f = 0; f < kWidth; ++f)
-      Dot::step_pair(sum[f], vloadi(reinterpret_cast<const int32_t*>(x + index[f] * kPitch)),
-                     vseti(static_cast<int32_t>(weights[f])));
-  vf turned[kWidth];
-#pragma GCC unroll 16
-  for (int f = 0; f < kWidth; ++f) turned[f] = as_float(sum[f]);
-  transpose_lanes(turned);
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) acc[r][0] = Dot::add(acc[r][0], as_int(turned[r]));
+  for (int r = 0; r < MR; ++r) Dot::step_wide(acc[r][0], vseti(static_cast<int32_t>(x[r])), w);
 }
 
 // One list. kPitch: of X, rows of a group. kFetch: whether `o.ahead` is fetched meanwhile.
 template <class Dot, int MR, int kPitch, bool kFetch>
-BK_INLINE void ordered_pass(int64_t pass, const uint32_t* a, int64_t kd, const OrderedList& list, const TileOutput& o) {
-  const uint16_t *at = list.index, *const pairs = at + list.fours, *const end = at + kd;
+BK_INLINE void ordered_pass(int64_t pass, const uint32_t* a, const OrderedList& list, const TileOutput& o) {
+  const uint16_t *at = list.index, *const pairs = at + list.fours, *const end = at + list.count,
+                 *const wide = end - list.wide;
   const uint32_t* w = list.weights;
   const int64_t one = list.step;
   const char* ahead = o.ahead;
@@ -59,33 +45,33 @@ BK_INLINE void ordered_pass(int64_t pass, const uint32_t* a, int64_t kd, const O
   const auto load = [](const uint32_t* from) { return vloadi(reinterpret_cast<const int32_t*>(from)); };
   typename Dot::Acc acc[MR][1];
   start<Dot, MR>(acc, pass * kWidth, o);
-  if (list.steps) correct<Dot, MR, kPitch>(acc, a, end, w + kd * one, list.steps);
   for (; at < pairs; at += 2, w += 2 * one) {
     fetch(2);
     four_step<Dot, MR>(acc, a + at[0] * kPitch, a + at[1] * kPitch, load(w), load(w + one));
   }
-  for (; at < end; ++at, w += one) {
+  for (; at < wide; ++at, w += one) {
     fetch(1);
     pair_step<Dot, MR>(acc, a + at[0] * kPitch, load(w));
   }
+  for (; at < end; ++at, w += one) wide_step<Dot, MR>(acc, a + at[0] * kPitch, Dot::load(w));
   finish<Dot, MR>(acc, pass * kWidth, o);
 }
 
 template <class Dot, int MR, int kPitch>
-BK_INLINE void ordered_passes(const uint32_t* a, int64_t kd, const PanelOrder& order, const TileOutput& o) {
+BK_INLINE void ordered_passes(const uint32_t* a, const PanelOrder& order, const TileOutput& o) {
   // A prefetch a step costs a tenth of the time: the first list does for all.
-  ordered_pass<Dot, MR, kPitch, true>(0, a, kd, order.list[0], o);
+  ordered_pass<Dot, MR, kPitch, true>(0, a, order.list[0], o);
   for (int64_t pass = 1; pass < kPanel / kWidth; ++pass)
-    ordered_pass<Dot, MR, kPitch, false>(pass, a, kd, order.list[pass], o);
+    ordered_pass<Dot, MR, kPitch, false>(pass, a, order.list[pass], o);
 }
 
 template <class Dot, int MR>
-void ordered_tile(const uint32_t* a, int64_t lda, int64_t kd, const PanelOrder& order, const TileOutput& o) {
+void ordered_tile(const uint32_t* a, int64_t lda, const PanelOrder& order, const TileOutput& o) {
   fetch_output<MR>(o);
   if (MR == 1 && lda == 1)
-    ordered_passes<Dot, MR, 1>(a, kd, order, o);
+    ordered_passes<Dot, MR, 1>(a, order, o);
   else
-    ordered_passes<Dot, MR, kWidth>(a, kd, order, o);
+    ordered_passes<Dot, MR, kWidth>(a, order, o);
 }
 
 }  // namespace

@@ -43,10 +43,13 @@ Tensor pack(const char* op, cpu::WeightKind kind, const Tensor& weight, const Te
             const std::optional<Tensor>& bias, double input_scale, int64_t input_zero, double output_scale) {
   Layer layer = layer_of(op, kind, weight.size(0), weight.size(1), bias, input_scale, input_zero, output_scale);
   layer.header.weight_dwords = cpu::dense_dwords(kind, layer.header.n, layer.header.k);
-  cpu::OrderedWeights ordered;
-  const bool lists = cpu::order_weights(layer.header, weight.const_data_ptr(), ordered);
+  std::optional<cpu::OrderedWeights> ordered;
+  if (cpu::ordered_features(layer.header)) {
+    ordered = cpu::order_weights(layer.header, weight.const_data_ptr());
+    ordered->measure(layer.header);
+  }
   Tensor out = empty_weights(cpu::packed_bytes(layer.header));
-  cpu::pack_linear(layer.header, weight.const_data_ptr(), lists ? &ordered : nullptr,
+  cpu::pack_linear(layer.header, weight.const_data_ptr(), ordered ? &*ordered : nullptr,
                    scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, scale ? scale->numel() : 0,
                    layer.bias_data, out.mutable_data_ptr());
   return out;
@@ -193,12 +196,19 @@ Tensor pack_sparse_linear(const Tensor& crow, const Tensor& col, const Tensor& v
   if (layout == cpu::Layout::tokens) layer.header.features = rows % 4 == 0 ? 4 : rows % 2 == 0 ? 2 : 1;
   const cpu::Blocks blocks{static_cast<const int32_t*>(begin.const_data_ptr()),
                            static_cast<const int32_t*>(at.const_data_ptr()), v.const_data_ptr(), rows, columns};
-  cpu::measure_sparse(layer.header, blocks);
+  std::optional<cpu::OrderedWeights> ordered;
+  if (layout == cpu::Layout::panels && cpu::ordered_features(layer.header)) {
+    ordered = cpu::order_blocks(layer.header, blocks);
+    ordered->measure(layer.header);
+  } else {
+    cpu::measure_sparse(layer.header, blocks);
+  }
   require(layer.header.entries <= UINT32_MAX, op, ": expected fewer than 2^32 stored steps of K. Got ",
           layer.header.entries, ".");
   Tensor out = empty_weights(cpu::packed_bytes(layer.header));
-  cpu::pack_sparse(layer.header, blocks, integer ? static_cast<const float*>(scale.const_data_ptr()) : nullptr,
-                   integer ? scale.numel() : 0, layer.bias_data, out.mutable_data_ptr());
+  cpu::pack_sparse(layer.header, blocks, ordered ? &*ordered : nullptr,
+                   integer ? static_cast<const float*>(scale.const_data_ptr()) : nullptr, integer ? scale.numel() : 0,
+                   layer.bias_data, out.mutable_data_ptr());
   return out;
 }
 

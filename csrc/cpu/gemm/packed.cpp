@@ -39,10 +39,13 @@ int64_t token_blocks(int64_t kd, int64_t features) {
 }
 
 // Bytes of the index and of the table.
-int64_t index_bytes(const LinearHeader& h) { return h.layout == 1 ? h.entries * 4 : (h.entries + 1) / 2 * 4; }
+bool is_ordered(const LinearHeader& h) { return (h.layout == 0 || h.layout == 1) && h.features > 0; }
+int64_t index_bytes(const LinearHeader& h) {
+  return h.layout == 1 && !is_ordered(h) ? h.entries * 4 : (h.entries + 1) / 2 * 4;
+}
 int64_t table_bytes(const LinearHeader& h, int64_t panels) {
-  if (h.layout == 0)
-    return h.features ? panels * (kPanel / h.features) * static_cast<int64_t>(sizeof(OrderedEntry)) : 0;
+  if (is_ordered(h)) return (panels * (kPanel / h.features) + 1) * static_cast<int64_t>(sizeof(OrderedEntry));
+  if (h.layout == 0) return 0;
   if (h.layout == 1) return panels * static_cast<int64_t>(sizeof(PanelEntry));
   const int64_t kd = dword_count(static_cast<WeightKind>(h.kind), h.k);
   return (panels * kPanel / h.features * token_blocks(kd, h.features) + 1) * 4;
@@ -77,14 +80,13 @@ const uint32_t* token_ends(const Linear& linear) { return static_cast<const uint
 // Whether the table's last numbers are the header's.
 bool table_ends(const Linear& linear, int64_t entries, int64_t dwords) {
   if (linear.panels == 0) return entries == 0 && dwords == 0;
-  if (linear.layout == Layout::dense) {
-    if (!linear.ordered) return true;
+  if (linear.ordered) {
     const int64_t lists = linear.panels * (kPanel / linear.ordered);
-    const OrderedEntry& last = static_cast<const OrderedEntry*>(linear.table)[lists - 1];
-    const int64_t corrections = (int64_t{last.before} + last.steps) * linear.ordered;
-    return last.fours % 2 == 0 && last.fours <= linear.kd && entries == lists * linear.kd + corrections &&
-           dwords == lists * linear.kd * linear.ordered + corrections;
+    const OrderedList last = ordered_list(linear, lists - 1);
+    return last.fours % 2 == 0 && last.fours + last.wide <= last.count &&
+           last.index + last.count == static_cast<const uint16_t*>(linear.index) + entries;
   }
+  if (linear.layout == Layout::dense) return true;
   if (linear.layout == Layout::panels) {
     const PanelEntry& e = static_cast<const PanelEntry*>(linear.table)[linear.panels - 1];
     const int64_t halves = int64_t{e.half[0]} + e.half[1];
@@ -111,15 +113,16 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
   const bool known =
-      header.layout == 0 ? (features ? kind == WeightKind::s8 && (features == 8 || features == 16) && kd <= kMostOrdered
-                                     : dwords == np * kd && entries == 0)
+      is_ordered(header)   ? kind == WeightKind::s8 && (features == 8 || features == 16) && kd <= kMostOrdered &&
+                                 dwords == entries * features && (header.layout == 1 || dwords == np * kd)
+      : header.layout == 0 ? features == 0 && dwords == np * kd && entries == 0
       : header.layout == 1
           ? features == 0 && dwords >= entries * kHalfPanel && dwords <= entries * kPanel
           : header.layout == 2 && (features == 1 || features == 2 || features == 4) && dwords == entries * features;
   if (!known || (header.layout && kd > kSparseDwords) || bytes != packed_bytes(header)) return false;
   linear.kind = kind, linear.layout = static_cast<Layout>(header.layout);
   linear.features = linear.layout == Layout::tokens ? features : 0;
-  linear.ordered = linear.layout == Layout::dense ? features : 0;
+  linear.ordered = is_ordered(header) ? features : 0;
   linear.n = header.n, linear.k = header.k, linear.kd = kd, linear.panels = np / kPanel;
   linear.weights = reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + sizeof header);
   linear.index = linear.weights + header.weight_dwords;
@@ -187,10 +190,7 @@ void pack_linear(const LinearHeader& header, const void* weight, const OrderedWe
   char* const index = weights + header.weight_dwords * 4;
   char* const table = index + index_bytes(header);
   if (ordered) {
-    const auto copy = [](const auto& from, char* to) {
-      if (!from.empty()) std::memcpy(to, from.data(), from.size() * sizeof from[0]);
-    };
-    copy(ordered->weights, weights), copy(ordered->index, index), copy(ordered->table, table);
+    ordered->write(weights, index, table);
   } else {
     for (int64_t p = 0; p < panels; ++p)
       fill_panel(header, weight, p, reinterpret_cast<uint32_t*>(weights) + p * kd * kPanel);
@@ -263,6 +263,16 @@ class Panel {
 
 }  // namespace
 
+OrderedWeights order_blocks(const LinearHeader& header, const Blocks& blocks) {
+  OrderedWeights ordered(ordered_features(header));
+  Panel panel(header, blocks);
+  for (int64_t p = 0; p < padded(header.n) / kPanel; ++p) {
+    panel.fill(p);
+    ordered.add(panel.row(0), panel.kd(), true);
+  }
+  return ordered;
+}
+
 void measure_sparse(LinearHeader& header, const Blocks& blocks) {
   header.entries = header.weight_dwords = 0;
   Panel panel(header, blocks);
@@ -330,8 +340,8 @@ uint32_t* list_tokens(const Panel* first, const Panel* last, int64_t features, E
 
 }  // namespace
 
-void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* scale, int64_t scale_count,
-                 const float* bias, void* out) {
+void pack_sparse(const LinearHeader& header, const Blocks& blocks, const OrderedWeights* ordered, const float* scale,
+                 int64_t scale_count, const float* bias, void* out) {
   std::memset(out, 0, static_cast<size_t>(packed_bytes(header)));
   write_header(header, out);
   uint32_t* const weights = reinterpret_cast<uint32_t*>(static_cast<char*>(out) + sizeof header);
@@ -353,11 +363,13 @@ void pack_sparse(const LinearHeader& header, const Blocks& blocks, const float* 
       if (static_cast<WeightKind>(header.kind) == WeightKind::s8)
         for (int64_t f = 0; f < std::min(kPanel, header.n - p * kPanel); ++f) sums.push_back(panel.sum(f));
     }
+    if (ordered) continue;
     if (tokens)
       end = list_tokens(filled.data(), filled.data() + (last - first), header.features, by_tokens, end);
     else
       list_panel(filled[0], by_panels, reinterpret_cast<PanelEntry*>(table)[first]);
   }
+  if (ordered) ordered->write(weights, index, table);
   write_vectors(header, sums.data(), scale, scale_count, bias, table + table_bytes(header, panels));
 }
 
@@ -375,6 +387,17 @@ TokenPanel token_panel(const Linear& linear, int64_t panel, int64_t block) {
   return {token_ends(linear) + at * lists_of(linear), static_cast<const uint16_t*>(linear.index), linear.weights};
 }
 
+namespace {
+
+Piece ordered_panel(const Linear& linear, int64_t panel) {
+  const int64_t lists = kPanel / linear.ordered;
+  const OrderedList first = ordered_list(linear, panel * lists), last = ordered_list(linear, (panel + 1) * lists - 1);
+  const int64_t entries = last.index - first.index + last.count;
+  return {first.weights, entries * linear.ordered * 4, first.index, entries * 2};
+}
+
+}  // namespace
+
 Piece panel_weights(const Linear& linear, int64_t panel) {
   switch (linear.layout) {
     case Layout::grouped: {
@@ -382,6 +405,7 @@ Piece panel_weights(const Linear& linear, int64_t panel) {
       return {linear.weights + begin * 16, (end - begin) * 64};
     }
     case Layout::panels: {
+      if (linear.ordered) return ordered_panel(linear, panel);
       const SparsePanel b = sparse_panel(linear, panel);
       const int64_t halves = b.half[0] + b.half[1];
       return {b.weights, (b.both * kPanel + halves * kHalfPanel) * 4, b.index, (b.both + halves) * 4};
@@ -391,13 +415,9 @@ Piece panel_weights(const Linear& linear, int64_t panel) {
       const int64_t first = b.begin[0], last = b.begin[lists_of(linear)];
       return {b.weights + first * linear.features, (last - first) * linear.features * 4};
     }
-    default: {
-      if (!linear.ordered) return {linear.weights + panel * linear.kd * kPanel, linear.kd * kPanel * 4};
-      const int64_t lists = kPanel / linear.ordered;
-      const OrderedList first = ordered_list(linear, panel * lists),
-                        last = ordered_list(linear, (panel + 1) * lists - 1);
-      return {first.weights, (last.weights - first.weights + (linear.kd + last.steps) * linear.ordered) * 4};
-    }
+    default:
+      if (linear.ordered) return ordered_panel(linear, panel);
+      return {linear.weights + panel * linear.kd * kPanel, linear.kd * kPanel * 4};
   }
 }
 
@@ -408,7 +428,7 @@ template <class See>
 void each_dword(const Linear& linear, See&& see) {
   std::vector<uint32_t> restored(linear.ordered ? static_cast<size_t>(linear.kd * kPanel) : 0);
   for (int64_t p = 0; p < linear.panels; ++p) {
-    if (linear.layout == Layout::dense) {
+    if (linear.layout == Layout::dense || linear.ordered) {
       const uint32_t* weights = panel_weights(linear, p).data;
       if (linear.ordered) restore_panel(linear, p, restored.data()), weights = restored.data();
       for (int64_t d = 0; d < linear.kd; ++d)
