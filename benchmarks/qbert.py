@@ -12,8 +12,8 @@ Hessian, by the reversed order or at random. Activations have 8 bits, tables too
 training: ranges from the smallest to the largest weight (minmax), of the least squared error (mse), and compensated by
 512 sentences of the training set. In training (qat): once more through the training set, from the trained model, beside
 the float model trained as long (trained). Three seeds of training, and of random orders. Rows are kept as they are
-made, in the user's cache or in the file of --kept-rows: a run that was stopped goes on, there or on another machine
-that has the file, and several may run at once with rows of their own (--only).
+made, in the user's cache or in the file of --kept-rows, the Hessian beside them: a run that was stopped goes on, there
+or on another machine that has the files, and several may run at once with rows of their own (--only).
 At last the speed of sentences in batches of 32. --finished makes no more rows: those that are there, and the speed.
 """
 
@@ -165,7 +165,7 @@ def run(
         report(f"{len(wanted) - len(left)} of {len(wanted)} rows are there already, from {place}.")
     torch.set_num_threads(threads)
     try:
-        scores = Scores(cache, quick, tick)
+        scores = Scores(cache, quick, tick, place.parent)
         for done, case in enumerate(left, len(wanted) - len(left)):
             if tick:
                 tick(str(case), done, len(wanted))
@@ -217,8 +217,10 @@ class Kept:
 class Scores:
     """Makes the models and judges them; what several cases need is made once."""
 
-    def __init__(self, cache: Path, quick: bool, tick: Callable[[str, int, int], None] | None) -> None:
-        self._cache, self._quick, self._tick = cache, quick, tick
+    def __init__(
+        self, cache: Path, quick: bool, tick: Callable[[str, int, int], None] | None, beside: Path | None = None
+    ) -> None:
+        self._cache, self._quick, self._tick, self._beside = cache, quick, tick, beside or cache
         self._tasks: dict[str, Any] = {}
 
     def of(self, case: Case) -> dict[str, Any]:
@@ -279,11 +281,11 @@ class Scores:
         return config_of(case.grouping, **how, layer_bits=chosen.layer_bits), chosen.average_bits
 
     def _hessian(self, name: str, model: Any) -> Any:
-        """Found once, then read from the cache."""
+        """Found once, then read from the file beside the rows."""
         import bertkern as bk
 
         count, samples = (2, 2) if self._quick else (8, 10)
-        path = self._cache / f"sensitivity-{name.lower().replace(' ', '-')}-{count}-{samples}.json"
+        path = self._beside / f"qbert-sensitivity-{name.lower().replace(' ', '-')}-{count}-{samples}.json"
         if not path.is_file():
             task = self._task(name)
             found = bk.hessian_sensitivity(task.trainable(model), task.batches(count), samples=samples, progress=False)

@@ -11,6 +11,8 @@ from torch import nn
 import bertkern as bk
 from bertkern.compress.groupwise import unlabelled_loss
 from bertkern.compress.groupwise.eigen import lanczos, power
+from bertkern.compress.groupwise.hessian import Search
+from bertkern.compress.groupwise.places import outputs_of
 from tests.families import zoo
 
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
@@ -89,6 +91,19 @@ def test_every_layer_whole_and_in_chunks(method, batch_size):
     assert found.sensitivity == {
         name: abs(value) for name, (value,) in zip(found.layers, found.eigenvalues, strict=True)
     }
+
+
+def test_chunks_hold_more_tokens_of_smaller_models():
+    def chunks(family: str, **sizes: int) -> int:
+        model = zoo.make(family + "ForSequenceClassification", **{**SIZES.get(family, SMALL), **sizes})
+        batch = {"input_ids": torch.ones(256, 64, dtype=torch.long), "attention_mask": torch.ones(256, 64)}
+        search = Search(model, [batch], None, 1.0, 0.05, 0, None, None, "test")
+        return len(search.examples.chunks(range(256), None, outputs_of(model, "test")))
+
+    wide = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12}
+    assert chunks("Bert") == 2  # 8192 tokens at most
+    assert chunks("Bert", **wide, num_hidden_layers=6) == 4  # 4096, as many outputs as 1024 of BERT-base
+    assert chunks("Albert", **wide, num_hidden_layers=12) == 8  # one layer's weights, a graph of twelve
 
 
 def test_negative_eigenvalues_keep_their_sign():

@@ -76,6 +76,14 @@ def places(model: nn.Module, caller: str) -> dict[str, Place]:
     return found
 
 
+def outputs_of(model: nn.Module, caller: str) -> int:
+    """What the matrices of all layers make of a token: how many values; layers that share weights count each."""
+    found = places(model, caller)
+    each = [sum(weight.shape[0] for weight in place.weights(caller)) for place in found.values()]
+    (root,) = plan.pretrained_roots(model).values()
+    return sum(each) * max(1, getattr(root.config, "num_hidden_layers", 1) // len(each))
+
+
 def chosen(found: dict[str, Place], names: Iterable[str] | None, caller: str) -> dict[str, Place]:
     """Of `found`, those named, in their order; None: all.
 

@@ -13,8 +13,9 @@ from ..batches import LONGEST_TEXT, moved
 # What stands in for padding, by name; 0 of all other tensors. Labels of -100 count for no loss in torch.
 _LABELS, _IDS, _MASK = "labels", "input_ids", "attention_mask"
 _IGNORED = -100
-# Tokens that run at a time where no batch size is given: some gigabytes with BERT-base and a graph of second order.
-TOKENS = 1024
+# Where no batch size is given, tokens x outputs of a model's matrices that run at a time: 1024 tokens of BERT-base,
+# some 4 GB with a graph of second order; of smaller models more tokens, up to a limit for what attention takes beside.
+OUTPUTS, MOST_TOKENS = 1024 * 12 * (5 * 768 + 3072), 8192
 
 
 class Chunk(NamedTuple):
@@ -55,14 +56,16 @@ class Examples:
         count = max(1, round(fraction * len(self)))
         return torch.randperm(len(self), generator=generator)[:count].sort().values.tolist()
 
-    def chunks(self, numbers: Sequence[int], size: int | None) -> list[Chunk]:
+    def chunks(self, numbers: Sequence[int], size: int | None, outputs: int) -> list[Chunk]:
         """The examples of these numbers, side by side.
 
         Args:
-            size: how many in a chunk at most; None: as many as make `TOKENS` tokens.
+            size: how many in a chunk at most; None: as many as `OUTPUTS` allows.
+            outputs: of all matrices, per token.
         """
         groups: dict[Any, list[_Example]] = {}
         made = []
+        tokens = min(OUTPUTS // max(1, outputs), MOST_TOKENS)
         for number in numbers:
             example = self._all[number]
             if example.row is None:
@@ -73,7 +76,7 @@ class Examples:
             # Neighbours in length, so that little is padding.
             group.sort(key=_width)
             while group:
-                count = size or max(1, sum(_width(x) * (i + 1) <= TOKENS for i, x in enumerate(group)))
+                count = size or max(1, sum(_width(x) * (i + 1) <= tokens for i, x in enumerate(group)))
                 part, group = group[:count], group[count:]
                 made.append(Chunk(moved(self._joined(part), self._device), len(part)))
         return made
