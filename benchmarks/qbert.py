@@ -260,10 +260,10 @@ class Scores:
 
     def _config(self, case: Case, model: Any) -> tuple[Any, float]:
         """The config of a case, and the average bits of its codes."""
-        # Ranges that are searched serve training, too.
+        # Ranges that are searched serve training, too; what is compensated has grids of its own, its tables keep 0.
         how = {"method": case.method if case.method in ("minmax", "mse") else "mse"}
-        if case.method == "qat":
-            how["whole_zero"] = False  # the paper's grids: training moves weights that round to one side together
+        if case.method == "compensate":
+            how["whole_zero"] = True
         if not case.order:
             return config_of(case.grouping, **how), float(case.widths[0])
         import bertkern as bk

@@ -37,6 +37,14 @@ def test_what_it_refuses(values, message):
         bk.Int8Config.from_dict(values)
 
 
+def test_zero_points_are_whole_but_for_least_squares():
+    assert [bk.GroupwiseConfig(method=method).whole_zero for method in ("minmax", "percentile", "mse")] == [1, 1, 0]
+    for whole in (True, False):
+        made = [bk.GroupwiseConfig(method=method, whole_zero=whole) for method in ("minmax", "mse")]
+        assert [config.whole_zero for config in made] == [whole, whole]
+        assert [bk.GroupwiseConfig.from_dict(config.to_dict()) for config in made] == made
+
+
 def test_groupwise_json_both_ways():
     config = bk.GroupwiseConfig(
         bits=3, group_size=64, axis="k", layer_bits={"layer.1": 2, "layer.0.output": [2, 4]}, skip=["classifier"]
@@ -88,7 +96,7 @@ def test_whose_bits():
         ({"method": "max"}, "expected method to be one of"),
         ({"activation": "int8"}, "expected activation to be one of"),
         ({"symmetric": 1}, "expected symmetric to be one of"),
-        ({"whole_zero": None}, "expected whole_zero to be one of"),
+        ({"whole_zero": 2}, "expected whole_zero to be one of"),
         ({"shared": True}, 'expected axis "k" with shared'),
         ({"activation_unsigned": True}, 'expected activation "static"'),
         ({"skip": "classifier"}, "sequence of names"),

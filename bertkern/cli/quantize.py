@@ -71,7 +71,9 @@ def add(commands: Any) -> None:
     )
     low.add_argument("--symmetric", action="store_true", default=None, help="grids without zero points")
     low.add_argument(
-        "--whole-zero", action=argparse.BooleanOptionalAction, help="whole zero points, so that 0 stays 0; the default"
+        "--whole-zero",
+        action=argparse.BooleanOptionalAction,
+        help="whole zero points, so that 0 stays 0; the default but with --method mse",
     )
     low.add_argument("--shared", action="store_true", default=None, help="with axis k: all outputs share their ranges")
     low.add_argument(

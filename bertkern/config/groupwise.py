@@ -16,6 +16,11 @@ GROUPS = 128
 Bits = int | tuple[int, ...]
 
 
+def whole_by_default(method: str) -> bool:
+    """Whether the zero points of a method's grids are whole where nothing else is said: see `GroupwiseConfig`."""
+    return method != "mse"
+
+
 @dataclass(frozen=True)
 class GroupwiseConfig(Versioned):
     """Low-bit weights in groups, the method of Q-BERT: 2 to 8 bits, a scale and a zero point a group.
@@ -31,8 +36,9 @@ class GroupwiseConfig(Versioned):
         axis: "n" (groups of output features, the paper) or "k" (of input features, its authors' code).
         symmetric: grids without zero points, symmetric about 0.
         whole_zero: zero points are whole, so that 0 is a point of each grid, as in the authors' code: weights that are
-            zero stay so, and many small ones do not all move the same way. False: real zero points, the paper.
-            all-MiniLM-L6-v2, 4 bits, 128 groups, Spearman on the test set of STS-B, fp32 0.8203: 0.8204, and 0.3545.
+            zero stay so, and many small ones do not all move the same way. False: real zero points, the paper. None:
+            whole, but for the method "mse", whose search sees to small weights itself: at 2 bits a grid with a 0 has
+            one step more to one side than to the other, and the errors of a group add up.
         shared: with axis "k": all output features share the groups' ranges, as in the authors' code.
         layer_bits: other bits, by name of modules as in `skip`: a number, or one for each group of a matrix. Of several
             patterns that name a module the one with most characters that are no wildcards counts, whatever their order;
@@ -65,7 +71,7 @@ class GroupwiseConfig(Versioned):
     group_size: int | None = None
     axis: str = "n"
     symmetric: bool = False
-    whole_zero: bool = True
+    whole_zero: bool | None = None
     shared: bool = False
     layer_bits: Mapping[str, int | Sequence[int]] | tuple[tuple[str, Bits], ...] = ()
     method: str = "minmax"
@@ -96,6 +102,8 @@ class GroupwiseConfig(Versioned):
         self._expect_whole("groups" if self.group_size is None else "group_size", 1)
         self._expect_one_of("axis", AXES)
         self._expect_one_of("method", METHODS)
+        if self.whole_zero is None:
+            object.__setattr__(self, "whole_zero", whole_by_default(self.method))
         self._expect_one_of("activation", ACTIVATIONS)
         for name in ("symmetric", "whole_zero", "shared", "activation_unsigned", "pooler", "head", "keep_original"):
             self._expect_one_of(name, (True, False))

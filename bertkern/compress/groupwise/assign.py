@@ -143,7 +143,7 @@ def assign_bits(
     axis: str = "n",
     symmetric: bool = False,
     shared: bool = False,
-    whole_zero: bool = True,
+    whole_zero: bool | None = None,
     method: str = "minmax",
     seed: int = 0,
     progress: bool = True,

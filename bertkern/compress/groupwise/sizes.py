@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bertkern.config.groupwise import whole_by_default
 from bertkern.formats.groupwise import AXES, BITS, group_count
 from bertkern.formats.rounding import METHODS, round_weight
 
@@ -24,7 +25,7 @@ class Grouping:
         axis: "n" or "k".
         symmetric: no zero points.
         shared: along "k": all rows share the groups' scales.
-        whole_zero: zero points are whole.
+        whole_zero: zero points are whole; None: unless the method is "mse".
         method: by which the range of a group is found; see `bertkern.formats.round_weight`.
     """
 
@@ -33,8 +34,12 @@ class Grouping:
     axis: str = "n"
     symmetric: bool = False
     shared: bool = False
-    whole_zero: bool = True
+    whole_zero: bool | None = None
     method: str = "minmax"
+
+    def __post_init__(self) -> None:
+        if self.whole_zero is None:
+            object.__setattr__(self, "whole_zero", whole_by_default(self.method))
 
     def check(self, caller: str) -> "Grouping":
         """Itself.
