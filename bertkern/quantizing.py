@@ -1,6 +1,7 @@
 """quantize_: float modules become quantized ones, after everything is checked."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
@@ -95,6 +96,11 @@ def quantize_(
         raise ValueError("quantize_: expected at least one linear layer to quantize. Got none.")
     _check_values(model, choices, tables)
     roots = layers.pretrained_roots(model)
+    for pattern in config.skip:
+        if not any(layers.skipped(name, (pattern,), roots) for name, _ in model.named_modules() if name):
+            warnings.warn(
+                f"quantize_: skip names no module of this model, and nothing is left out: {pattern!r}.", stacklevel=2
+            )
     modules = {**chosen, **{name: model.get_submodule(name) for name in tables}}
     modules = {name: (module, layers.aliases(name, roots)) for name, module in modules.items() if name not in ties}
     scheme.check(config, modules, given)

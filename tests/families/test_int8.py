@@ -112,6 +112,15 @@ def test_config_chooses_what_becomes_int8():
     assert "skipped by the config" in str(bk.report(skipped))
 
 
+@pytest.mark.parametrize("config", [bk.Int8Config, bk.GroupwiseConfig])
+def test_a_name_to_skip_that_no_module_has_is_told(config):
+    with pytest.warns(UserWarning, match="quantize_: skip names no module of this model.*'classifer'") as told:
+        model = bk.quantize_(
+            make("BertForSequenceClassification"), config(head=True, skip=("classifer", "layer.0", "*.key"))
+        )
+    assert len(told) == 1 and "classifier" in bk.plan.quantized_modules(model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_and_attentions(family):
     model = bk.quantize_(make(family + "Model"), exact_attention=True)
