@@ -18,8 +18,8 @@ from . import _cuda, _gradients, _lib, _mobilebert  # noqa: F401  (register grad
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "silu": 5}
 
 
-# Features of int8 weights that share a list of dwords, by `cpu_isa`: AVX2 and AVX-512 F (gemm.h, ordered).
-_ORDERED = {1: 8, 2: 16}
+# Of `cpu_isa`, AVX2 and AVX-512 F: there 8 features of int8 weights share a list of dwords (csrc/cpu/gemm/gemm.h).
+_ORDERING, _LISTED = (1, 2), 8
 
 
 def _packed_size(n: int, k: int, kind: str, vectors: int = 1) -> int:
@@ -30,10 +30,9 @@ def _packed_size(n: int, k: int, kind: str, vectors: int = 1) -> int:
 
 def _lists_size(n: int, k: int) -> int:
     """Index and table of int8 weights that the active ISA orders: csrc/cpu/gemm/linear.h."""
-    features = _ORDERED.get(torch.ops.bertkern.cpu_isa())
-    if features is None:
+    if torch.ops.bertkern.cpu_isa() not in _ORDERING:
         return 0
-    lists = (n + 31) // 32 * (32 // features)
+    lists = (n + 31) // 32 * (32 // _LISTED)
     return (lists * ((k + 3) // 4) + 1) // 2 * 4 + (lists + 1) * 8
 
 

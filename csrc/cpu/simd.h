@@ -76,6 +76,21 @@ BK_INLINE vi vori(vi a, vi b) { return _mm512_or_si512(a, b); }
 BK_INLINE vi vmuli(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 BK_INLINE vi vsub8(vi a, vi b) { return _mm512_sub_epi8(a, b); }
 BK_INLINE void vstorei(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
+BK_INLINE vi vload_two(const uint32_t* p) {  // again and again
+  return _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+BK_INLINE vi vload_twice(const uint32_t* p) {  // half a vector, each lane twice
+  const vi wide = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_shuffle_epi32(wide, static_cast<_MM_PERM_ENUM>(0xa0));
+}
+BK_INLINE vi veven_lanes(vi a, vi b) {  // of a, then of b
+  const vi at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return _mm512_permutex2var_epi32(a, at, b);
+}
+BK_INLINE vi vodd_lanes(vi a, vi b) {
+  const vi at = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return _mm512_permutex2var_epi32(a, at, b);
+}
 BK_INLINE vi vload_four(const uint32_t* p) {  // again and again
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -213,6 +228,18 @@ BK_INLINE vi vori(vi a, vi b) { return _mm256_or_si256(a, b); }
 BK_INLINE vi vmuli(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
 BK_INLINE vi vsub8(vi a, vi b) { return _mm256_sub_epi8(a, b); }
 BK_INLINE void vstorei(int32_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+BK_INLINE vi vload_two(const uint32_t* p) {
+  return _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+BK_INLINE vi vload_twice(const uint32_t* p) {
+  return _mm256_shuffle_epi32(_mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 0xa0);
+}
+BK_INLINE vi veven_lanes(vi a, vi b) {
+  return _mm256_permute4x64_epi64(as_int(_mm256_shuffle_ps(as_float(a), as_float(b), 0x88)), 0xd8);
+}
+BK_INLINE vi vodd_lanes(vi a, vi b) {
+  return _mm256_permute4x64_epi64(as_int(_mm256_shuffle_ps(as_float(a), as_float(b), 0xdd)), 0xd8);
+}
 BK_INLINE vi vshift_left16(vi a, int bits) { return _mm256_slli_epi16(a, bits); }
 BK_INLINE vi vshift_right16(vi a, int bits) { return _mm256_srai_epi16(a, bits); }
 BK_INLINE vi vshift_right16_unsigned(vi a, int bits) { return _mm256_srli_epi16(a, bits); }
@@ -368,6 +395,16 @@ BK_INLINE vi vsub8(vi a, vi b) {
   return reinterpret_cast<vi>(reinterpret_cast<vb>(a) - reinterpret_cast<vb>(b));
 }
 BK_INLINE void vstorei(int32_t* p, vi x) { __builtin_memcpy(p, &x, sizeof x); }
+BK_INLINE vi vload_two(const uint32_t* p) {
+  const int32_t a = static_cast<int32_t>(p[0]), b = static_cast<int32_t>(p[1]);
+  return vi{a, b, a, b};
+}
+BK_INLINE vi vload_twice(const uint32_t* p) {
+  const int32_t a = static_cast<int32_t>(p[0]), b = static_cast<int32_t>(p[1]);
+  return vi{a, a, b, b};
+}
+BK_INLINE vi veven_lanes(vi a, vi b) { return vi{a[0], a[2], b[0], b[2]}; }
+BK_INLINE vi vodd_lanes(vi a, vi b) { return vi{a[1], a[3], b[1], b[3]}; }
 BK_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 // Adding and taking away 1.5 * 2^23 rounds to nearest even for |a| < 2^22; larger values are integral already.
 BK_INLINE vf vround(vf a) {

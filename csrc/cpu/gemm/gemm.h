@@ -98,8 +98,9 @@ struct TileOutput {
 };
 
 constexpr int32_t kOrderBound = 128;
+constexpr int64_t kListed = 8;  // features that share a list in packed weights: more of them, more dwords are wide
+constexpr int64_t kMostLists = kPanel / kListed;
 constexpr int64_t kMostOrdered = 8192;  // dwords of K: sums of more could overflow int32 in any case
-constexpr int64_t kMostLists = 4;
 struct OrderedList {
   const uint16_t* index;    // [count]: a dword of K each
   const uint32_t* weights;  // [count] entries, `step` dwords apart
@@ -107,7 +108,8 @@ struct OrderedList {
   int64_t count, fours, wide;  // dwords: all, those in fours, an even number, and wide ones, the last of them
 };
 struct PanelOrder {
-  OrderedList list[kMostLists];  // [32 / ordered]
+  OrderedList list[kMostLists];  // [32 / features]
+  int64_t features;              // that share a list: kListed, or `ordered` of the tiles
 };
 
 using TileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kd, const TileOutput& output);
@@ -193,7 +195,7 @@ struct TileKernels {
   SparseTileFn sparse_tile[kMaxRows + 1];  // by mr; [0] is null
   TokensFn tokens[3];                      // R = 1, 2, 4
   FinishTokensFn finish_tokens;
-  int ordered;  // features that share a list of dwords; 0: this kernel takes none
+  int ordered;  // features of a vector, which can share a list as those of kListed do; 0: this kernel takes none
   int ordered_mr;
   OrderedTileFn ordered_tile[kMaxRows + 1];  // by mr; [0] is null
   int group_mr;                              // s8 alone has these

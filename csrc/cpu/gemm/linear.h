@@ -73,8 +73,8 @@ struct LinearHeader {
   int16_t layout;
   int16_t features;  // R of tokens; dense and panels: `ordered`; grouped: 1 for groups along K, plus 2 where outputs
                      // are permuted
-  uint32_t check;   // of the other fields: sparse tables are read by them, and no size would tell a wrong K
-  int64_t entries;  // of the index
+  uint32_t check;    // of the other fields: sparse tables are read by them, and no size would tell a wrong K
+  int64_t entries;   // of the index
   int64_t weight_dwords;
 };
 static_assert(sizeof(LinearHeader) == 64, "the packed weights start at a cache line");
@@ -112,9 +112,7 @@ inline bool sums_of_rows(const Linear& linear) {
 }
 inline bool scaled_along_k(const Linear& linear) { return sums_of_rows(linear) && linear.along_k; }
 // Whether all tiles take lists that the weights were packed with.
-inline bool in_lists(const Linear& linear) {
-  return linear.ordered > 0 && linear.ordered == tile_kernels(linear.kind).ordered;
-}
+inline bool in_lists(const Linear& linear) { return linear.ordered > 0 && tile_kernels(linear.kind).ordered > 0; }
 
 int64_t dword_count(WeightKind kind, int64_t k);
 int64_t dense_dwords(WeightKind kind, int64_t n, int64_t k);  // weight_dwords of Layout::dense
@@ -134,7 +132,6 @@ void fill_panel(const LinearHeader& header, const void* weight, int64_t panel, u
 // Lists of all panels, as the packed form has them.
 class OrderedWeights {
  public:
-  explicit OrderedWeights(int64_t features) : features_(features) {}
   // panel: [kd][32], in order of N. `sparse`: what is zero in all features of a list is not listed.
   void add(const uint32_t* panel, int64_t kd, bool sparse);
   // Fills in features, entries and weight_dwords.
@@ -142,13 +139,11 @@ class OrderedWeights {
   void write(void* weights, void* index, void* table) const;
 
  private:
-  int64_t features_;
   std::vector<uint32_t> weights_;
   std::vector<uint16_t> index_;
   std::vector<OrderedEntry> table_;
 };
-// Features that share a list with the tiles of the active ISA; 0: they take none.
-int64_t ordered_features(const LinearHeader& header);
+bool takes_order(const LinearHeader& header);                                  // whether the tiles of the active ISA do
 OrderedWeights order_weights(const LinearHeader& header, const void* weight);  // a dense one
 
 // weight as in `fill_panel`, codes with `scale` [n] ([1] where scale_count == 1); ordered: null, or of order_weights.

@@ -9,19 +9,18 @@ namespace bertkern::cpu {
 
 namespace {
 
-constexpr size_t kWaiting = 32;        // dwords that are tried with the next one: more find hardly better partners
-constexpr int64_t kMostFeatures = 16;  // that share a list
+constexpr size_t kWaiting = 32;  // dwords that are tried with the next one: more find hardly better partners
 
 // Sums of a dword's weights of one sign in one 16-bit lane, by feature: positive ones, then negative ones.
 struct Sums {
-  uint8_t of[4][kMostFeatures];
+  uint8_t of[4][kListed];
 };
 
 int32_t weight_at(uint32_t dword, int64_t i) { return static_cast<int8_t>(dword >> (8 * i)); }
 
-Sums sums_of(const uint32_t* weights, int64_t features) {
+Sums sums_of(const uint32_t* weights) {
   Sums sums{};
-  for (int64_t f = 0; f < features; ++f)
+  for (int64_t f = 0; f < kListed; ++f)
     for (int64_t lane = 0; lane < 2; ++lane) {
       const int32_t w0 = weight_at(weights[f], 2 * lane), w1 = weight_at(weights[f], 2 * lane + 1);
       const int32_t positive = std::max(w0, 0) + std::max(w1, 0);
@@ -34,13 +33,11 @@ Sums sums_of(const uint32_t* weights, int64_t features) {
 // Whether sums of both stay in bounds in every feature; those of b alone do. (Comparisons of bytes: this is most of the
 // time of packing.)
 bool fit(const Sums& a, const Sums& b) {
-  uint8_t over[kMostFeatures] = {};
+  uint8_t over[kListed] = {};
   for (int64_t i = 0; i < 4; ++i)
-    for (int64_t f = 0; f < kMostFeatures; ++f)
+    for (int64_t f = 0; f < kListed; ++f)
       over[f] |= static_cast<uint8_t>(a.of[i][f] > static_cast<uint8_t>(kOrderBound - b.of[i][f]));
-  uint64_t words[kMostFeatures / 8];
-  std::memcpy(words, over, sizeof words);
-  return std::all_of(std::begin(words), std::end(words), [](uint64_t word) { return word == 0; });
+  return std::all_of(over, over + kListed, [](uint8_t one) { return one == 0; });
 }
 
 // The dwords of one list, in order.
@@ -49,16 +46,16 @@ struct Order {
   size_t fours = 0, wide = 0;
 };
 
-// weights: [kd][kPanel] dwords, of which the first `features` count; `sparse`: without those that are all zero.
-Order order_dwords(const uint32_t* weights, int64_t kd, int64_t features, bool sparse) {
+// weights: [kd][kPanel] dwords, of which the first kListed count; `sparse`: without those that are all zero.
+Order order_dwords(const uint32_t* weights, int64_t kd, bool sparse) {
   Order order;
   std::vector<Sums> sums(static_cast<size_t>(kd));
   std::vector<uint16_t> waiting, pairs, wide;
   for (int64_t d = 0; d < kd; ++d) {
     const uint32_t* const row = weights + d * kPanel;
-    if (sparse && std::all_of(row, row + features, [](uint32_t w) { return w == 0; })) continue;
+    if (sparse && std::all_of(row, row + kListed, [](uint32_t w) { return w == 0; })) continue;
     const uint16_t dword = static_cast<uint16_t>(d);
-    const Sums& own = sums[dword] = sums_of(row, features);
+    const Sums& own = sums[dword] = sums_of(row);
     if (!fit(own, Sums{})) {
       wide.push_back(dword);
       continue;
@@ -84,19 +81,19 @@ Order order_dwords(const uint32_t* weights, int64_t kd, int64_t features, bool s
 }  // namespace
 
 void OrderedWeights::add(const uint32_t* panel, int64_t kd, bool sparse) {
-  for (int64_t first = 0; first < kPanel; first += features_) {
+  for (int64_t first = 0; first < kPanel; first += kListed) {
     const uint32_t* const weights = panel + first;
-    const Order order = order_dwords(weights, kd, features_, sparse);
+    const Order order = order_dwords(weights, kd, sparse);
     table_.push_back(
         {static_cast<uint32_t>(index_.size()), static_cast<uint16_t>(order.fours), static_cast<uint16_t>(order.wide)});
     index_.insert(index_.end(), order.dwords.begin(), order.dwords.end());
     for (const uint16_t d : order.dwords)
-      weights_.insert(weights_.end(), weights + d * kPanel, weights + d * kPanel + features_);
+      weights_.insert(weights_.end(), weights + d * kPanel, weights + d * kPanel + kListed);
   }
 }
 
 void OrderedWeights::measure(LinearHeader& header) const {
-  header.features = static_cast<int16_t>(features_);
+  header.features = static_cast<int16_t>(kListed);
   header.entries = static_cast<int64_t>(index_.size());
   header.weight_dwords = static_cast<int64_t>(weights_.size());
 }
@@ -110,14 +107,14 @@ void OrderedWeights::write(void* weights, void* index, void* table) const {
   std::memcpy(static_cast<OrderedEntry*>(table) + table_.size(), &end, sizeof end);
 }
 
-int64_t ordered_features(const LinearHeader& header) {
+bool takes_order(const LinearHeader& header) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
-  return dword_count(kind, header.k) <= kMostOrdered ? tile_kernels(kind).ordered : 0;
+  return tile_kernels(kind).ordered > 0 && dword_count(kind, header.k) <= kMostOrdered;
 }
 
 OrderedWeights order_weights(const LinearHeader& header, const void* weight) {
   const int64_t kd = dword_count(static_cast<WeightKind>(header.kind), header.k);
-  OrderedWeights ordered(ordered_features(header));
+  OrderedWeights ordered;
   std::vector<uint32_t> panel(static_cast<size_t>((kd + 1) * kPanel));  // K may be 0
   for (int64_t p = 0; p < (header.n + kPanel - 1) / kPanel; ++p) {
     fill_panel(header, weight, p, panel.data());
@@ -139,6 +136,7 @@ OrderedList ordered_list(const Linear& linear, int64_t list) {
 PanelOrder panel_order(const Linear& linear, int64_t panel) {
   const int64_t lists = kPanel / linear.ordered;
   PanelOrder order{};
+  order.features = linear.ordered;
   for (int64_t i = 0; i < lists; ++i) order.list[i] = ordered_list(linear, panel * lists + i);
   return order;
 }
@@ -161,6 +159,7 @@ PanelOrder order_of_bits(int bits, const uint32_t* panel, int64_t kd, int64_t or
   }();
   const int64_t fours = (4 << (bits - 1)) <= kOrderBound ? kd & ~1 : 0;
   PanelOrder order{};
+  order.features = ordered;
   for (int64_t i = 0; i < kPanel / ordered; ++i)
     order.list[i] = {straight.data(), panel + i * ordered, kPanel, kd, fours, 0};
   return order;

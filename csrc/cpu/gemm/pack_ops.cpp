@@ -44,7 +44,7 @@ Tensor pack(const char* op, cpu::WeightKind kind, const Tensor& weight, const Te
   Layer layer = layer_of(op, kind, weight.size(0), weight.size(1), bias, input_scale, input_zero, output_scale);
   layer.header.weight_dwords = cpu::dense_dwords(kind, layer.header.n, layer.header.k);
   std::optional<cpu::OrderedWeights> ordered;
-  if (cpu::ordered_features(layer.header)) {
+  if (cpu::takes_order(layer.header)) {
     ordered = cpu::order_weights(layer.header, weight.const_data_ptr());
     ordered->measure(layer.header);
   }
@@ -197,7 +197,7 @@ Tensor pack_sparse_linear(const Tensor& crow, const Tensor& col, const Tensor& v
   const cpu::Blocks blocks{static_cast<const int32_t*>(begin.const_data_ptr()),
                            static_cast<const int32_t*>(at.const_data_ptr()), v.const_data_ptr(), rows, columns};
   std::optional<cpu::OrderedWeights> ordered;
-  if (layout == cpu::Layout::panels && cpu::ordered_features(layer.header)) {
+  if (layout == cpu::Layout::panels && cpu::takes_order(layer.header)) {
     ordered = cpu::order_blocks(layer.header, blocks);
     ordered->measure(layer.header);
   } else {

@@ -113,7 +113,7 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   const WeightKind kind = static_cast<WeightKind>(header.kind);
   const int64_t np = padded(header.n), kd = dword_count(kind, header.k);
   const bool known =
-      is_ordered(header)   ? kind == WeightKind::s8 && (features == 8 || features == 16) && kd <= kMostOrdered &&
+      is_ordered(header)   ? kind == WeightKind::s8 && features == kListed && kd <= kMostOrdered &&
                                  dwords == entries * features && (header.layout == 1 || dwords == np * kd)
       : header.layout == 0 ? features == 0 && dwords == np * kd && entries == 0
       : header.layout == 1
@@ -264,7 +264,7 @@ class Panel {
 }  // namespace
 
 OrderedWeights order_blocks(const LinearHeader& header, const Blocks& blocks) {
-  OrderedWeights ordered(ordered_features(header));
+  OrderedWeights ordered;
   Panel panel(header, blocks);
   for (int64_t p = 0; p < padded(header.n) / kPanel; ++p) {
     panel.fill(p);
