@@ -28,14 +28,14 @@
 //
 // Where there is no dot product of bytes (AVX2, AVX-512 F), vpmaddubsw adds two products u8 x s8 in 16 bits, and
 // saturates beyond them. Weights bound these sums, whatever the activations: P of them positive and Q negative ones
-// give 255 Q to 255 P, which 16 bits hold up to P, -Q = kOrderBound. Hence `ordered` features together list the dwords
+// give 255 Q to 255 P, which 16 bits hold up to P, -Q = kOrderBound. Hence kListed features together list the dwords
 // of K, in three parts:
 //
 //   fours   two dwords at a time: 4 products (of both dwords' lower halves, and upper ones) stay in bounds
 //   pairs   one dword: 2 products do
 //   wide    one dword, whose bytes become 16-bit numbers: vpmaddwd adds in 32 bits
 //
-// An ordered list is [count] entries of `ordered` dwords and their index. Dense weights list every dword of K.
+// An ordered list is [count] entries of kListed dwords and their index. Dense weights list every dword of K.
 //
 // Sparse weights list the dwords of K at which they are not zero, and nothing else is stored or read:
 //

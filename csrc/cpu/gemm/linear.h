@@ -1,9 +1,9 @@
 // A packed linear layer (the uint8 tensor that the operators call `packed`) and the loops over its tiles.
 //
 //   bytes 0..63   LinearHeader
-//   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h); ordered: lists [panels x 32 / ordered]
+//   weights       weight_dwords dwords; dense: panels x KD x 32 (gemm.h); ordered: lists [panels x 32 / kListed]
 //   index         `entries` dwords of K, padded to 4 bytes: uint32 (panels), uint16 (tokens, ordered)
-//   table         PanelEntry [panels], OrderedEntry [panels x 32 / ordered + 1] (ordered, dense and panels),
+//   table         PanelEntry [panels], OrderedEntry [panels x 32 / kListed + 1] (ordered, dense and panels),
 //                 uint32 [1 + panels * blocks * 32 / R] (tokens): 0, then where the parts of lists end; for every
 //                 kTokenPanels panels [blocks of K][panels][32 / R], as weights and index lie, too
 //   init          int32 [Np]   s8 with one zero point for all rows only: -input_zero * sum_k W[n, k],
@@ -84,7 +84,7 @@ struct Linear {
   Layout layout;
   int64_t n, k, kd, panels;
   int64_t features;  // R of tokens
-  int64_t ordered;   // features of dense weights or panels that share a list of dwords; 0: there are none
+  int64_t ordered;   // kListed, where dense weights or panels lie in ordered lists; else 0
   const uint32_t* weights;
   const void* index;
   const void* table;
