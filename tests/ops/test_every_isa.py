@@ -74,6 +74,31 @@ torch.save(made, sys.argv[1])
 """
 
 
+MULTIPLY = """
+import sys, torch
+from bertkern import ops
+x = torch.randint(0, 256, (29, 203), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+made = []
+for weight, packed in torch.load(sys.argv[1], weights_only=True):
+    assert torch.equal(ops.unpack_linear(packed)[0], weight)
+    made.append([ops.qgemm(x[:m], torch.ones(1), 7, packed, 70) for m in (1, 9, 29)])
+torch.save(made, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_weights_packed_here_for_another_one(isa, run_python, tmp_path):
+    def run(code, where, *files):
+        done = run_python(["-c", code, *(str(tmp_path / file) for file in files)], BERTKERN_CPU_ISA=where)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return torch.load(tmp_path / files[-1], weights_only=True)
+
+    run(PACK, None, "packed.pt")
+    here, there = (run(MULTIPLY, where, "packed.pt", f"{where}.pt") for where in (None, isa))
+    for ours, theirs in zip(here, there, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
 @pytest.mark.parametrize("isa", HERE)
 def test_weights_packed_for_another_one(isa, run_python, tmp_path):
     result = run_python(["-c", PACK, str(tmp_path / "packed.pt")], BERTKERN_CPU_ISA=isa)

@@ -71,7 +71,7 @@ struct LinearHeader {
   float output_scale;  // 0: the output is not fake-quantized
   int32_t has_bias;
   int16_t layout;
-  int16_t features;  // R of tokens; dense and panels: `ordered`; grouped: 1 for groups along K, plus 2 where outputs
+  int16_t features;  // R of tokens; ordered lists: kListed; grouped: 1 for groups along K, plus 2 where outputs
                      // are permuted
   uint32_t check;    // of the other fields: sparse tables are read by them, and no size would tell a wrong K
   int64_t entries;   // of the index
