@@ -69,7 +69,7 @@ struct AttentionHead {
 
 static inline int64_t attention_scratch(int64_t keys, int64_t head_dim) {
   const int64_t d = (head_dim + 15) / 16 * 16;
-  return 2 * (keys + 16) * d + kQueries * (kMostKeys + 2 + 3 * d + 16) + 64;
+  return 2 * (keys + 32) * d + kQueries * (kMostKeys + 2 + 3 * d + 16) + 64;
 }
 
 using AttentionFn = void (*)(const AttentionHead& head);

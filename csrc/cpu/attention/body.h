@@ -1,169 +1,9 @@
-// The attention kernel, written once and compiled once per ISA and operand. attention.h states what it computes.
-//
-// An Operand has two halves, which say what the dot products of scores and of values read:
-//
-//   Score, Value                       both:
-//   Dot                                policy of the products, see gemm/dot.h
-//   kPer                               values in a dword, along the dimension that is summed over
-//
-//   Score                              dwords of n values of a row; what is left of q's last dword is zero:
-//   pack_query(row, dtype, n, out)
-//   pack_key(row, dtype, scale, n, out)   times `scale`, but for integer products: the tile multiplies their sums
-//   starts(q, steps, lanes, out)       of integer products: what the sum of each lane begins with
-//
-//   Value
-//   kPower                             polynomial of exp
-//   kScalesRows                        whether rows of v are scaled where they are packed; else p is
-//   pack_together(rows[kPer], dtype, scales[kPer], n, out)   n dwords, each of a value of every row of v (null: zeros),
-//                                      and zeros up to a multiple of kWidth
-//   store(out, x[kPer])                kWidth dwords, each of a value of every vector
-#include "cpu/attention/attention.h"
-#include "cpu/gemm/dot.h"
-#include "cpu/rowwise/codes.h"
+// The attention kernel, written once and compiled once per ISA and operand (operand.h). attention.h states what it
+// computes.
+#include "cpu/attention/operand.h"
 
 namespace bertkern::cpu {
 namespace {
-
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLowest = -3.402823466e38f;
-constexpr float kSmallest = 1.17549435e-38f;
-
-// c0 + c1 r + ... by Horner's rule.
-template <int kTerms>
-BK_INLINE vf polynomial(const float (&c)[kTerms], vf r) {
-  vf p = vset(c[kTerms - 1]);
-#pragma GCC unroll 8
-  for (int i = kTerms - 2; i >= 0; --i) p = vfma(p, r, vset(c[i]));
-  return p;
-}
-
-// 2^x for x <= 0: minimax polynomials of 2^r, relative error 7.5e-5 (degree 3) and 7.5e-8 (degree 5) beside rounding.
-// NaN stays NaN, -inf gives 0.
-#if defined(__AVX512F__)  // r in [0, 1), from instructions that split and join floats
-constexpr float kPower3[] = {9.999251962e-1f, 6.958335638e-1f, 2.260671556e-1f, 7.802452147e-2f};
-constexpr float kPower5[] = {9.999999404e-1f, 6.931530833e-1f, 2.401536107e-1f,
-                             5.582631752e-2f, 8.989339694e-3f, 1.877576695e-3f};
-template <class Power>
-BK_INLINE vf exp2_negative(const Power& power, vf x) {
-  const vf r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(polynomial(power, r), x);
-}
-#else  // r in [-1/2, 1/2]; below -126.5 the result is 0
-constexpr float kPower3[] = {9.999280572e-1f, 6.932609677e-1f, 2.426111251e-1f, 5.517166853e-2f};
-constexpr float kPower5[] = {1.0f, 6.931469440e-1f, 2.402212024e-1f, 5.550713092e-2f, 9.675540961e-3f, 1.327647245e-3f};
-template <class Power>
-BK_INLINE vf exp2_negative(const Power& power, vf x) {
-  const vf clamped = vmax(vset(-127.0f), x);    // the second operand survives a NaN
-  const vf magic = vset(12582912.0f + 127.0f);  // 1.5 * 2^23: the sum's low bits are round(x) + 127
-  const vf shifted = vadd(clamped, magic);
-  const vf p = polynomial(power, vsub(clamped, vsub(shifted, magic)));
-  return vmul(p, as_float(vshift_left(as_int(shifted), 23)));
-}
-#endif
-
-BK_INLINE vf load_values(const void* row, Dtype dtype, int64_t at, int64_t n) {
-  if (dtype == Dtype::bf16) return vload_bf16_n(static_cast<const uint16_t*>(row) + at, n);
-  if (dtype == Dtype::f16) return vload_f16_n(static_cast<const uint16_t*>(row) + at, n);
-  if (dtype == Dtype::s8) return vload_s8_n(static_cast<const int8_t*>(row) + at, n);
-  return vload_n(static_cast<const float*>(row) + at, n);
-}
-
-BK_INLINE const void* row_of(const void* rows, Dtype dtype, int64_t pitch, int64_t r) {
-  return static_cast<const char*>(rows) + r * pitch * dtype_size(dtype);
-}
-
-struct Score_f32 {
-  using Dot = Dot_f32;
-  static constexpr int64_t kPer = 1;
-  BK_INLINE void pack_query(const void* row, Dtype dtype, int64_t count, uint32_t* out) {
-    pack_key(row, dtype, 1.0f, count, out);
-  }
-  BK_INLINE void pack_key(const void* row, Dtype dtype, float scale, int64_t count, uint32_t* out) {
-    for (int64_t d = 0; d < count; d += kWidth) {
-      const int64_t n = count - d < kWidth ? count - d : kWidth;
-      vstore_n(reinterpret_cast<float*>(out) + d, vmul(load_values(row, dtype, d, n), vset(scale)), n);
-    }
-  }
-};
-
-struct Value_f32 {
-  using Dot = Dot_f32;
-  static constexpr int64_t kPer = 1;
-  static constexpr bool kScalesRows = true;
-  static constexpr const float (&kPower)[6] = kPower5;
-  BK_INLINE void pack_together(const void* const (&row)[1], Dtype dtype, const float (&scale)[1], int64_t count,
-                               uint32_t* out) {
-    for (int64_t d = 0; d < count; d += kWidth) {
-      const vf x = load_values(row[0], dtype, d, count - d < kWidth ? count - d : kWidth);
-      vstore(reinterpret_cast<float*>(out) + d, vmul(x, vset(scale[0])));
-    }
-  }
-  BK_INLINE void store(uint32_t* out, const vf (&x)[1]) { vstore(reinterpret_cast<float*>(out), x[0]); }
-};
-
-struct Operand_f32 {
-  using Score = Score_f32;
-  using Value = Value_f32;
-};
-
-// ------------------------------------------------------------------------------------------------- operands
-// Rows of one head lie a row of all heads apart, where no processor's own fetching finds them: those that come are
-// asked for a few rows before.
-constexpr int64_t kRowsAhead = 8;
-BK_INLINE void fetch_row(const void* rows, Dtype dtype, int64_t pitch, int64_t r, int64_t width) {
-  const char* const row = static_cast<const char*>(row_of(rows, dtype, pitch, r));
-  for (int64_t byte = 0; byte < width * dtype_size(dtype); byte += 64) __builtin_prefetch(row + byte);
-}
-
-template <class Score>
-void pack_keys(const AttentionHead& h, int64_t steps, uint32_t* out) {
-  for (int64_t j = 0; j < h.keys; ++j, out += steps) {
-    if (j + kRowsAhead < h.keys) fetch_row(h.k, h.dtype, h.k_pitch, j + kRowsAhead, h.head_dim);
-    Score::pack_key(row_of(h.k, h.dtype, h.k_pitch, j), h.dtype, h.k_scale ? h.k_scale[j] : 1.0f, h.head_dim, out);
-  }
-}
-
-// V as panels of kFeatures, the last one of `pitch` % kFeatures: [ceil(keys / kPer)][kFeatures] dwords, zeros beyond
-// head_dim and after the last key. A tile of queries reads one panel, from end to end.
-constexpr int64_t kFeatures = 2 * kWidth;
-BK_INLINE int64_t panel_width(int64_t pitch, int64_t d) { return pitch - d < kFeatures ? pitch - d : kFeatures; }
-
-template <class Value>
-void pack_values(const AttentionHead& h, int64_t pitch, uint32_t* out) {
-  const int64_t steps = (h.keys + Value::kPer - 1) / Value::kPer;
-  for (int64_t step = 0; step < steps; ++step) {
-    const void* rows[Value::kPer];
-    float scales[Value::kPer];
-    for (int64_t i = 0; i < Value::kPer; ++i) {
-      const int64_t j = step * Value::kPer + i;
-      const bool there = j < h.keys;
-      rows[i] = there ? row_of(h.v, h.dtype, h.v_pitch, j) : nullptr;
-      scales[i] = there && h.v_scale ? h.v_scale[j] : 1.0f;
-      if (j + kRowsAhead < h.keys) fetch_row(h.v, h.dtype, h.v_pitch, j + kRowsAhead, h.head_dim);
-    }
-    for (int64_t d = 0; d < h.head_dim; d += kFeatures) {
-      const void* from[Value::kPer];
-      for (int64_t i = 0; i < Value::kPer; ++i) from[i] = rows[i] ? row_of(rows[i], h.dtype, d, 1) : nullptr;
-      Value::pack_together(from, h.dtype, scales, h.head_dim - d < kFeatures ? h.head_dim - d : kFeatures,
-                           out + d * steps + step * panel_width(pitch, d));
-    }
-  }
-}
-
-// Q as [steps][kQueries] dwords; lanes without a query are zero. stage: [kQueries][stage_pitch], zeros beyond `steps`.
-template <class Score>
-void pack_queries(const AttentionHead& h, int64_t q0, int64_t count, int64_t lanes, uint32_t* stage,
-                  int64_t stage_pitch, uint32_t* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (q0 + i + kRowsAhead < h.queries) fetch_row(h.q, h.dtype, h.q_pitch, q0 + i + kRowsAhead, h.head_dim);
-    Score::pack_query(row_of(h.q, h.dtype, h.q_pitch, q0 + i), h.dtype, h.head_dim, stage + i * stage_pitch);
-  }
-  for (int64_t i = count; i < lanes; ++i)
-    for (int64_t d = 0; d < stage_pitch; d += kWidth)
-      vstore(reinterpret_cast<float*>(stage + i * stage_pitch + d), vset(0.0f));
-  transpose(reinterpret_cast<const float*>(stage), stage_pitch, lanes, stage_pitch, reinterpret_cast<float*>(out),
-            kQueries);
-}
 
 // ------------------------------------------------------------------------------------------------- tiles
 // s[r][lane] = sum over dwords of k[r] and q[.][lane], for MR keys; top = max(top, s). Integer sums begin with
@@ -304,31 +144,6 @@ BK_INLINE void in_pieces(int64_t count, int64_t most, F&& f) {
 }
 
 // ------------------------------------------------------------------------------------------------- softmax
-// What a softmax knows of each query, and keeps of the keys so far.
-struct Running {
-  alignas(64) float scale[kQueries];    // of the products
-  alignas(64) float base[kQueries];     // of scores, in exponents of 2
-  alignas(64) int32_t start[kQueries];  // of integer products
-  alignas(64) float top[kQueries];      // largest score of the running chunk
-  alignas(64) float most[kQueries];     // and of all so far
-  alignas(64) float total[kQueries];    // sum of p
-  alignas(64) float rescale[kQueries];  // of what was summed before the running chunk
-  alignas(64) float inverse[kQueries];  // factor / total
-};
-
-// Scales of `lanes` queries from q0 on. None is zero, or -inf times it were not a number; NaN stays NaN.
-BK_INLINE void begin_queries(const AttentionHead& h, int64_t q0, int64_t count, int64_t lanes, Running& run) {
-  for (int64_t i = 0; i < lanes; i += kWidth) {
-    const int64_t left = count - i < kWidth ? count - i : kWidth;
-    vf scale = vset(h.scale);
-    if (h.q_scale) scale = vmul(scale, vload_n(h.q_scale + q0 + i, left));
-    if (h.finite) scale = vfma(vset(0.0f), vload_n(h.finite + q0 + i, left), scale);
-    scale = vmax(vset(kSmallest), scale);
-    vstore(run.scale + i, scale), vstore(run.base + i, h.bias ? vset(kLog2e) : vmul(scale, vset(kLog2e)));
-    vstore(run.most + i, vset(kLowest)), vstore(run.total + i, vset(0.0f));
-  }
-}
-
 // s = s * scale + bias, -inf where a key comes after the query; top is made anew. Biases lie by rows of keys, scores by
 // columns: kWidth x kWidth of them are turned at a time.
 void add_bias(const AttentionHead& h, int64_t q0, int64_t count, int64_t lanes, int64_t k0, int64_t keys, float* s,
@@ -437,26 +252,6 @@ BK_INLINE void softmax(float* s, int64_t keys, const float* v_scale, vf factor, 
 }
 
 // ------------------------------------------------------------------------------------------------- the head
-// Rows of outputs [count][pitch] as codes of out_step, from row q0 on. A code cannot say that it is none: out_finite
-// does.
-void store_code_rows(const AttentionHead& h, int64_t q0, int64_t count, const float* y, int64_t pitch) {
-  const CodeGrid grid = code_grid(h.out_step, h.out_zero, h.out_dtype == Dtype::s8);
-  const vi magnitude = vseti(0x7fffffff);
-  for (int64_t i = 0; i < count; ++i, y += pitch) {
-    uint8_t* out = static_cast<uint8_t*>(h.out) + (q0 + i) * h.out_pitch;
-    vi top = vseti(0);  // the bits of |y| are ordered like the values, Inf and NaN on top
-    for (int64_t d = 0; d < h.head_dim; d += kWidth) {
-      const int64_t n = h.head_dim - d < kWidth ? h.head_dim - d : kWidth;
-      const vf x = vload(y + d);  // zeros beyond head_dim
-      top = vmaxi(top, vandi(as_int(x), magnitude));
-      store_codes(out + d, x, grid, n);
-    }
-    if (vmaxi_lane(top) < 0x7f800000 || !h.out_finite) continue;
-    // Heads of a row may be different threads'.
-    __atomic_store_n(reinterpret_cast<uint32_t*>(h.out_finite) + q0 + i, 0x7fc00000u, __ATOMIC_RELAXED);
-  }
-}
-
 template <class Operand, int kMaxMr>
 void attention_head(const AttentionHead& h) {
   using Score = typename Operand::Score;
@@ -476,32 +271,21 @@ void attention_head(const AttentionHead& h) {
   uint32_t* q = reinterpret_cast<uint32_t*>(sums) + kQueries * d_pitch;
   uint32_t* stage = q + kQueries * stage_pitch;
   Running run;
-  if (h.keys == 0) {
-    const int64_t size = dtype_size(h.out_dtype);
-    for (int64_t i = 0; i < h.queries; ++i)
-      __builtin_memset(static_cast<char*>(h.out) + i * h.out_pitch * size, codes ? h.out_zero : 0,
-                       static_cast<size_t>(h.head_dim * size));
-    return;
-  }
+  if (h.keys == 0) return store_nothing(h);
 
   pack_keys<Score>(h, steps, k);
-  pack_values<Value>(h, d_pitch, v);
+  pack_values<Value>(h, d_pitch, value_steps, v);
   for (int64_t i = 0; i < kQueries; ++i)
     for (int64_t d = (steps - 1) / kWidth * kWidth; d < stage_pitch; ++d) stage[i * stage_pitch + d] = 0;
 
-  const int64_t chunks = (h.keys + kMostKeys - 1) / kMostKeys;
-  const int64_t chunk = ((h.keys + chunks - 1) / chunks + 1) / 2 * 2;
+  const int64_t chunk = keys_of_chunk(h.keys, 2);
   for (int64_t q0 = 0; q0 < h.queries; q0 += kQueries) {
     const int64_t count = h.queries - q0 < kQueries ? h.queries - q0 : kQueries;
     const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
     pack_queries<Score>(h, q0, count, lanes, stage, stage_pitch, q);
     if constexpr (Score::Dot::kInteger) Score::starts(q, steps, lanes, run.start);
     begin_queries(h, q0, count, lanes, run);
-    int64_t end = h.keys;
-    if (h.causal && !h.query_position && !h.key_position) {
-      const int64_t seen = h.first_query + q0 + count;
-      end = seen < 1 ? 1 : seen < end ? seen : end;  // at least one, so that there is something to write
-    }
+    const int64_t end = keys_seen(h, q0, count);
     for (int64_t k0 = 0; k0 < end; k0 += chunk) {
       const int64_t keys = end - k0 < chunk ? end - k0 : chunk;
       const bool first = k0 == 0, last = k0 + chunk >= end;

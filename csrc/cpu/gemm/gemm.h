@@ -170,14 +170,26 @@ using NarrowTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* pl
 using NarrowGroupTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_t* planes, const GroupPanel& groups,
                                    const int32_t* shift, const TileOutput& output);
 
-// What a tile kernel computes, for up to kMatrixRows rows of X as they lie for the matrix unit. All calls of a thread
-// stand between begin() and end(), which give it the unit and take it away.
+// The sums of up to kMatrixRows rows of X, as they lie for the matrix unit, and 32 features. They come to memory, and
+// are finished there while the unit multiplies the next tile: what a tile kernel gives, and `rows_done` for every few
+// rows of it.
 constexpr int64_t kMatrixRows = 32, kMatrixDwords = 16;
-using MatrixTileFn = void (*)(const uint32_t* a, int64_t mr, const uint32_t* b, int64_t kd, const TileOutput& output);
+struct MatrixTile {
+  const uint32_t* sums;  // [kMatrixRows][32]
+  int64_t mr;
+  TileOutput output;
+  void (*rows_done)(void* context, int64_t r, int64_t rows);  // null: none
+  void* context;
+};
+// `before`: to be finished meanwhile, or null. `ahead_bytes` from `ahead` on are fetched into the L2 cache.
+using MatrixTileFn = void (*)(const uint32_t* a, int64_t mr, const uint32_t* b, int64_t kd, const char* ahead,
+                              int64_t ahead_bytes, uint32_t* sums, const MatrixTile* before);
+// All calls of a thread stand between begin() and end(), which give it the unit and take it away.
 struct MatrixKernels {
   void (*begin)();
   void (*end)();
   MatrixTileFn tile;
+  void (*finish)(const MatrixTile& tile);
 };
 
 constexpr int64_t kBlockDwords = 8;

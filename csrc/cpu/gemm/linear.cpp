@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/gemm/linear.h"
+#include "cpu/gemm/loops.h"
 #include "cpu/scratch.h"
 
 namespace bertkern::cpu {
@@ -10,102 +10,6 @@ namespace bertkern::cpu {
 namespace {
 
 constexpr int64_t kFetchingRows = 70;  // more take so long over a panel that the processor's own fetching suffices
-
-// Where a tile's sums go: straight to the rows of Y where nothing but the sums, or their bf16, is asked for; else
-// through a buffer of floats that the epilogue makes rows of Y from.
-class Sink {
- public:
-  Sink(const Linear& linear, const Output& output) : linear_(linear), output_(output) {}
-
-  bool in_tile() const { return nothing_to_do() && output_.dtype <= Dtype::bf16 && !linear_.column; }
-  void* row(int64_t r, int64_t column) const {
-    return static_cast<char*>(output_.out) + (r * output_.out_pitch + column) * dtype_size(output_.dtype);
-  }
-  const float* residual(int64_t r, int64_t column) const {
-    return output_.residual ? output_.residual + r * output_.residual_pitch + column : nullptr;
-  }
-  // Rows [r, r + mr) x columns [column, column + columns) from a buffer of kPanel columns.
-  void write(const float* buffer, int64_t r, int64_t mr, int64_t column, int64_t columns) {
-    Epilogue e;
-    e.output_scale = linear_.output_scale;
-    e.activation = output_.activation;
-    e.residual = residual(r, column), e.residual_pitch = output_.residual_pitch;
-    e.out = row(r, column), e.out_pitch = output_.out_pitch;
-    e.dtype = output_.dtype;
-    e.code_step = output_.code_step, e.code_zero = output_.code_zero;
-    if (linear_.column) return scatter(buffer, r, mr, column, columns, e);
-    kernels_.epilogue(buffer, static_cast<int>(mr), columns, e);
-  }
-
- private:
-  bool nothing_to_do() const { return output_.activation == Activation::none && linear_.output_scale <= 0.0f; }
-
-  static constexpr int64_t kRowsForPlaces = 4;  // fewer are over before places are found
-
-  // The same for outputs that stand in another order than the columns of Y.
-  void scatter(const float* buffer, int64_t r, int64_t mr, int64_t column, int64_t columns, Epilogue e) {
-    alignas(64) float gathered[kMatrixRows * kPanel + kPlaces], made[kMatrixRows * kPanel];
-    const bool apart = mr < kRowsForPlaces;
-    if (!apart && places_at_ != column) find_places(column, columns);
-    if (output_.residual) {
-      if (apart)
-        each(mr, column, columns,
-             [&](int64_t i, int64_t c, int64_t to) { gathered[i * kPanel + c] = *residual(r + i, to); });
-      else
-        kernels_.collect(residual(r, 0), output_.residual_pitch, mr, places_, place_count_, gathered);
-      e.residual = gathered, e.residual_pitch = kPanel;
-    }
-    const void* outputs = buffer;
-    if (output_.residual || !nothing_to_do() || output_.dtype != Dtype::f32) {
-      e.out = made, e.out_pitch = kPanel;
-      kernels_.epilogue(buffer, static_cast<int>(mr), columns, e);
-      outputs = made;
-    }
-    const int64_t bytes = dtype_size(output_.dtype);
-    if (!apart) return kernels_.spread(outputs, mr, places_, place_count_, bytes, row(r, 0), output_.out_pitch);
-    switch (bytes) {
-      case 4:
-        return place<uint32_t>(outputs, r, mr, column, columns);
-      case 2:
-        return place<uint16_t>(outputs, r, mr, column, columns);
-      default:
-        return place<uint8_t>(outputs, r, mr, column, columns);
-    }
-  }
-  template <class T>
-  void place(const void* outputs, int64_t r, int64_t mr, int64_t column, int64_t columns) const {
-    const T* from = static_cast<const T*>(outputs);
-    T* out = static_cast<T*>(output_.out) + r * output_.out_pitch;
-    const int64_t pitch = output_.out_pitch;
-    each(mr, column, columns, [&](int64_t i, int64_t c, int64_t to) { out[i * pitch + to] = from[i * kPanel + c]; });
-  }
-
-  // Calls see(row, place in the panel, column of Y).
-  template <class See>
-  void each(int64_t mr, int64_t column, int64_t columns, See&& see) const {
-    const uint32_t* const to = linear_.column + column;
-    for (int64_t i = 0; i < mr; ++i)
-      for (int64_t c = 0; c < columns; ++c) see(i, c, int64_t{to[c]});
-  }
-
-  void find_places(int64_t column, int64_t columns) {
-    const uint32_t* const to = linear_.column + column;
-    places_at_ = column, place_count_ = 0;
-    for (int64_t c = 0; c < columns; ++c) {
-      const int64_t bit = c ? to[c] - places_[place_count_ - 1].to : 0;
-      if (bit > 0 && bit < kPlaces && to[c] > to[c - 1] && (kernels_.holes || to[c] == to[c - 1] + 1))
-        places_[place_count_ - 1].mask |= 1u << bit;
-      else
-        places_[place_count_++] = {static_cast<int32_t>(c), 1, to[c]};
-    }
-  }
-
-  const Linear& linear_;
-  const Output& output_;
-  const RowKernels& kernels_ = row_kernels();
-  int64_t places_at_ = -1, place_count_ = 0;  // the column that the panel whose places these are begins with
-  Places places_[kPanel];
-};
 
 // 1, 2 or 4 rows at a time straight from the planes.
 class Narrow {
@@ -177,25 +81,6 @@ int64_t even_part(int64_t rows, int64_t most) {
   return (rows + parts - 1) / parts;
 }
 
-// The thread has the unit as long as this lives.
-class MatrixUnit {
- public:
-  explicit MatrixUnit(const MatrixKernels* kernels) : kernels_(kernels) {
-    if (kernels_) kernels_->begin();
-  }
-  ~MatrixUnit() {
-    if (kernels_) kernels_->end();
-  }
-  MatrixUnit(const MatrixUnit&) = delete;
-  MatrixUnit& operator=(const MatrixUnit&) = delete;
-  void tile(const uint32_t* a, int64_t mr, const uint32_t* b, int64_t kd, const TileOutput& output) const {
-    kernels_->tile(a, mr, b, kd, output);
-  }
-
- private:
-  const MatrixKernels* const kernels_;
-};
-
 thread_local Scratch restored, carried;
 
 void fetch(const char* data, int64_t bytes) {
@@ -209,7 +94,11 @@ int64_t blocks_of_k(const TileKernels& tiles, bool dense, int64_t kd, int64_t ti
   return std::max<int64_t>(1, (kd + tiles.k_block - 1) / tiles.k_block);
 }
 
-const uint32_t* restored_panel(const Linear& linear, int64_t panel) {
+}  // namespace
+
+const uint32_t* dense_panel(const Linear& linear, int64_t panel) {
+  if (linear.layout == Layout::grouped) return decoded_panel(linear, panel);
+  if (!linear.ordered) return panel_weights(linear, panel).data;
   uint32_t* dwords = restored.get<uint32_t>(linear.kd * kPanel + 16);
   restore_panel(linear, panel, dwords);
   return dwords;
@@ -225,8 +114,7 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
   const bool foreign = linear.ordered && !listed_all;  // packed under another ISA: panels are restored, whole
   Sink sink(linear, output);
   Narrow narrow(linear, rows);
-  alignas(64) float buffer[kMatrixRows * kPanel];
-  const MatrixUnit unit(rows.matrix ? matrix_kernels(linear.kind) : nullptr);
+  alignas(64) float buffer[kMaxRows * kPanel];
   const Cut* cuts = nullptr;
   int64_t count = 0, cut_most = 0;  // 0: for narrow tiles
   for (int64_t p = p0; p < p1; ++p) {
@@ -236,24 +124,21 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     const bool straight = narrow.takes(p);
     const int bits = grouped && !along_k ? static_cast<int>(linear.grouped_panel[p].bits) : 0;
     const bool ordered = listed_all || (may_list && bits <= kOrderedBits);
-    const int64_t most = straight      ? 0
-                         : rows.matrix ? kMatrixRows
-                         : along_k     ? tiles.group_mr
-                         : ordered     ? tiles.ordered_mr
-                                       : tiles.max_mr;
+    const int64_t most = straight  ? 0
+                         : along_k ? tiles.group_mr
+                         : ordered ? tiles.ordered_mr
+                                   : tiles.max_mr;
     if (!cuts || most != cut_most) {
       cut_most = most;
       cuts = straight ? cut_tiles(rows, g0, g1, count, [](int64_t left) { return Narrow::rows_of(left); })
                       : cut_tiles(rows, g0, g1, count, [&](int64_t left) { return even_part(left, most); });
     }
-    const uint32_t* panel = straight  ? panel_weights(linear, p).data
-                            : grouped ? decoded_panel(linear, p)
-                            : foreign ? restored_panel(linear, p)
-                                      : panel_weights(linear, p).data;
+    const uint32_t* panel =
+        straight || listed_all || (sparse && !foreign) ? panel_weights(linear, p).data : dense_panel(linear, p);
     const PanelOrder order = !ordered     ? PanelOrder{}
                              : listed_all ? panel_order(linear, p)
                                           : order_of_bits(bits, panel, linear.kd, tiles.ordered);
-    const int64_t blocks = blocks_of_k(tiles, !sparse && !rows.matrix, linear.kd, count);
+    const int64_t blocks = blocks_of_k(tiles, !sparse, linear.kd, count);
     const auto block_begin = [&](int64_t block) { return linear.kd * block / blocks; };
     const int64_t steps = sparse ? 1 : block_begin(1);
     TileOutput sums{};
@@ -271,7 +156,7 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     // short, and fetched a tile's share before each tile.
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
     const bool fetched =
-        (g1 - g0 > 1 || rows.matrix) && (grouped || sparse || rows.begin(g1) - rows.begin(g0) <= kFetchingRows);
+        g1 - g0 > 1 && (grouped || sparse || rows.begin(g1) - rows.begin(g0) <= kFetchingRows);
     const int64_t share = fetched && steps > 0 ? next.bytes / ((g1 - g0) * blocks) : 0;
     const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
     const bool lists = share && sparse;
@@ -300,9 +185,7 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
           sums.row_zero = rows.zeros ? rows.zeros + r : nullptr;
         }
         if (direct) sums.residual = sink.residual(r, column), sums.out = sink.row(r, column);
-        if (rows.matrix) {
-          unit.tile(cut->a, cut->mr, panel, linear.kd, sums);
-        } else if (straight || along_k) {
+        if (straight || along_k) {
           scaled.row_sum = sums.row_sum;
           straight ? narrow.run(cut->mr, tiles, cut->a, panel, r, scaled, sums)
                    : tiles.group_tile[cut->mr](cut->a, rows.pitch, panel, scaled, sums);
@@ -320,58 +203,6 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
   }
 }
 
-thread_local Scratch token_sums;
-
-void gemm_tokens(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1,
-                 const Output& output, const void* start) {
-  static constexpr int32_t kNothing[kPanel] = {};
-  const TileKernels& tiles = tile_kernels(linear.kind);
-  Sink sink(linear, output);
-  const auto run = tiles.tokens[linear.features / 2];
-  const int64_t blocks = token_blocks(linear);
-  uint32_t* const sums = token_sums.get<uint32_t>(kTokenPanels * kPanel * kTokenGroups * kTokens);
-  // Rows are written in long pieces: lines of many rows that lie 4 KiB apart would drive each other out of the L1.
-  const bool straight = sink.in_tile() && !output.residual && output.dtype == Dtype::f32;
-  constexpr int64_t kTokenPitch = kTokenPanels * kPanel + 16;
-  alignas(64) float buffer[kTokens * kTokenPitch];
-  for (int64_t g = g0; g < g1; g += kTokenGroups) {
-    const int64_t groups = std::min(kTokenGroups, g1 - g), pitch = groups * kTokens;
-    const auto init = [&](int64_t p) { return static_cast<const char*>(start) + p * kPanel * 4; };
-    const auto tile_at = [&](int64_t p, int64_t r) {
-      TileOutput tile{};
-      if (rows.scale) tile.row_scale = rows.scale + r, tile.weight_scale = linear.scale + p * kPanel;
-      if (rows.zeros) tile.row_zero = rows.zeros + r, tile.init = init(p);
-      tile.bias = linear.bias + p * kPanel;
-      return tile;
-    };
-    for (int64_t first = p0, last; first < p1; first = last) {
-      last = std::min((first / kTokenPanels + 1) * kTokenPanels, p1);  // as they lie
-      const auto panel_sums = [&](int64_t p) { return sums + (p - first) * kPanel * pitch; };
-      for (int64_t block = 0; block < blocks; ++block)
-        for (int64_t p = first; p < last; ++p) {
-          // Lanes are rows: where these have zero points of their own, the finish takes them away.
-          const void* begin = block > 0 ? nullptr : rows.zeros ? static_cast<const void*>(kNothing) : init(p);
-          run(rows.group_data(g), rows.group_dwords(), groups, token_panel(linear, p, block), begin, panel_sums(p),
-              pitch);
-        }
-      const int64_t column = first * kPanel, columns = std::min(last * kPanel, linear.n) - column;
-      for (int64_t i = 0; i < groups; ++i) {
-        const int64_t r = rows.begin(g + i), mr = rows.begin(g + i + 1) - r;
-        for (int64_t p = first; p < last; ++p) {
-          TileOutput tile = tile_at(p, r);
-          tile.out = buffer + (straight ? (p - first) * kPanel : 0), tile.pitch = straight ? kTokenPitch : kPanel;
-          tiles.finish_tokens(panel_sums(p) + i * kTokens, pitch, mr, tile);
-          if (!straight) sink.write(buffer, r, mr, p * kPanel, std::min(kPanel, linear.n - p * kPanel));
-        }
-        for (int64_t t = 0; straight && t < mr; ++t)
-          std::memcpy(sink.row(r + t, column), buffer + t * kTokenPitch, static_cast<size_t>(columns) * 4);
-      }
-    }
-  }
-}
-
-}  // namespace
-
 void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1, const Output& output,
           const int32_t* init) {
   const bool integer = linear.kind == WeightKind::s8;
@@ -379,6 +210,8 @@ void gemm(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_
   const void* start = integer ? static_cast<const void*>(sums) : linear.bias;
   if (linear.layout == Layout::tokens)
     gemm_tokens(linear, rows, g0, g1, p0, p1, output, start);
+  else if (rows.matrix)
+    gemm_matrix(linear, rows, g0, g1, p0, p1, output, start);
   else
     gemm_tiles(linear, rows, g0, g1, p0, p1, output, start);
 }
