@@ -17,8 +17,9 @@ static_assert(kQueries == 2 * kTileRows && kMostKeys % kColumns == 0, "blocks of
 
 BK_INLINE int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Dwords of a row of q or k.
+// Dwords of a row of q or k, which are those in memory where the dtype is kDtype.
 struct Pairs {
+  static constexpr Dtype kDtype = Dtype::bf16;
   static constexpr int64_t kPer = 2;
   static constexpr bool kInteger = false;
   BK_INLINE void pack(const void* row, Dtype dtype, int64_t count, uint32_t* out) {
@@ -31,6 +32,7 @@ struct Pairs {
 };
 
 struct Codes {  // exact sums of s8 x s8
+  static constexpr Dtype kDtype = Dtype::s8;
   static constexpr int64_t kPer = 4;
   static constexpr bool kInteger = true;
   BK_INLINE void pack(const void* row, Dtype, int64_t count, uint32_t* out) {
@@ -105,13 +107,28 @@ void pack_rows(const void* from, const AttentionHead& h, int64_t from_pitch, int
   __builtin_memset(out, 0, static_cast<size_t>((rows - count) * pitch) * 4);
 }
 
+// Whether rows in memory are whole tiles.
+template <class Operand>
+BK_INLINE bool lies_ready(const AttentionHead& h, int64_t pitch) {
+  return h.dtype == Operand::kDtype && h.head_dim % (Operand::kPer * kTileDwords) == 0 && pitch % Operand::kPer == 0;
+}
+
 // Keys as panels [dwords][kColumns]; zeros after the last one.
 template <class Operand>
 void pack_key_panels(const AttentionHead& h, int64_t dwords, uint32_t* stage, uint32_t* out) {
+  const bool ready = lies_ready<Operand>(h, h.k_pitch);
   for (int64_t j = 0; j < h.keys; j += kColumns, out += dwords * kColumns) {
     const int64_t count = h.keys - j < kColumns ? h.keys - j : kColumns;
-    pack_rows<Operand>(h.k, h, h.k_pitch, h.keys, j, count, kColumns, dwords, stage);
-    transpose(reinterpret_cast<const float*>(stage), dwords, kColumns, dwords, reinterpret_cast<float*>(out), kColumns);
+    const float* rows = reinterpret_cast<const float*>(stage);
+    int64_t pitch = dwords;
+    if (ready && count == kColumns) {
+      rows = static_cast<const float*>(row_of(h.k, h.dtype, h.k_pitch, j)), pitch = h.k_pitch / Operand::kPer;
+      for (int64_t r = kColumns; r < 2 * kColumns && j + r < h.keys; ++r)
+        fetch_row(h.k, h.dtype, h.k_pitch, j + r, h.head_dim);
+    } else {
+      pack_rows<Operand>(h.k, h, h.k_pitch, h.keys, j, count, kColumns, dwords, stage);
+    }
+    transpose(rows, pitch, kColumns, dwords, reinterpret_cast<float*>(out), kColumns);
   }
 }
 
@@ -152,38 +169,54 @@ BK_INLINE vf across(vf (&rows)[kWidth], Join&& join) {
   return rows[0];
 }
 
+// A row of scores made floats of, biased, and hidden.
+template <class Operand>
+BK_INLINE void change_scores(const AttentionHead& h, int64_t query, vf scale, int64_t k0, int64_t keys, float* row) {
+  const bool biased = h.bias || h.causal;
+  const BiasRow bias(h, query);
+  for (int64_t j = 0; j < keys; j += kWidth) {
+    const int64_t n = keys - j < kWidth ? keys - j : kWidth;
+    vf x = vload(row + j);
+    if (Operand::kInteger) {
+      x = to_float(as_int(x));
+      if (h.k_scale) x = vmul(x, vload_n(h.k_scale + k0 + j, n));
+    }
+    if (biased) x = bias.of(x, scale, k0 + j, n);
+    vstore(row + j, x);
+  }
+}
+
 // Scores [16][kMostKeys] of queries q0 + lane, ...: made floats of, biased and hidden where that is to be, -inf after
 // the last key; then p in their place, bf16. Statistics of the rows as in softmax() of body.h.
 template <class Operand>
 void softmax_rows(const AttentionHead& h, int64_t q0, int64_t count, int64_t k0, int64_t keys, int64_t lane, float* s,
                   Running& run) {
-  const vf minus_infinity = vset(-__builtin_inff());
   const int64_t padded = rounded_up(keys, kColumns);
+  const bool changed = Operand::kInteger || h.bias || h.causal;
   vf lanes[kWidth];
   for (int64_t i = 0; i < kWidth; ++i) {
     float* const row = s + i * kMostKeys;
-    const int64_t query = q0 + (lane + i < count ? lane + i : count - 1);  // idle rows: any query will do
-    const BiasRow bias(h, query);
-    const vf scale = vset(run.scale[lane + i]);
-    const bool biased = h.bias || h.causal;
-    vf most = vset(kLowest);
-    for (int64_t j = 0; j < padded; j += kWidth) {
-      const int64_t n = keys - j < kWidth ? keys - j : kWidth;
-      vf x = vload(row + j);
-      if (Operand::kInteger) {
-        x = to_float(as_int(x));
-        if (h.k_scale && n > 0) x = vmul(x, vload_n(h.k_scale + k0 + j, n));
-      }
-      if (biased && n > 0) x = bias.of(x, scale, k0 + j, n);
-      if (n < kWidth) x = _mm512_mask_blend_ps(n > 0 ? first_lanes(n) : 0, minus_infinity, x);
-      if (Operand::kInteger || biased || n < kWidth) vstore(row + j, x);
-      most = vmax(most, x);
+    int64_t j = 0;
+    vf most[2] = {vset(kLowest), vset(kLowest)};
+    if (changed) {
+      const int64_t query = q0 + (lane + i < count ? lane + i : count - 1);  // idle rows: any query will do
+      change_scores<Operand>(h, query, vset(run.scale[lane + i]), k0, keys, row);
     }
-    lanes[i] = most;
+    for (; j + 2 * kWidth <= keys; j += 2 * kWidth)
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) most[c] = vmax(most[c], vload(row + j + c * kWidth));
+    for (; j < padded; j += kWidth) {
+      const int64_t left = keys - j, n = left < 0 ? 0 : left < kWidth ? left : kWidth;
+      const vf x = _mm512_mask_blend_ps(first_lanes(n), vset(-__builtin_inff()), vload(row + j));
+      vstore(row + j, x);
+      most[0] = vmax(most[0], x);
+    }
+    lanes[i] = vmax(most[0], most[1]);
   }
   const vf top = across(lanes, [](vf a, vf b) { return vmax(a, b); });
   const vf before = vload(run.most + lane), scale = vload(run.base + lane), now = vmax(before, top);
-  vstore(run.most + lane, now), vstore(run.top + lane, now);
+  // In exponents of 2. What rounding does to it is the same for all of a row's p; and -inf - -inf is never asked for.
+  vstore(run.most + lane, now), vstore(run.top + lane, vmax(vset(kLowest), vmul(now, scale)));
   for (int64_t i = 0; i < kWidth; ++i) {
     const float* const row = s + i * kMostKeys;
     uint16_t* const p = reinterpret_cast<uint16_t*>(s + i * kMostKeys);
@@ -193,7 +226,7 @@ void softmax_rows(const AttentionHead& h, int64_t q0, int64_t count, int64_t k0,
       vf x[2];
 #pragma GCC unroll 2
       for (int c = 0; c < 2; ++c) {
-        x[c] = exp2_negative(Value_bf16::kPower, vmul(vsub(vload(row + j + c * kWidth), most), factor));
+        x[c] = exp2_negative(Value_bf16::kPower, _mm512_fmsub_ps(vload(row + j + c * kWidth), factor, most));
         sum[c] = vadd(sum[c], x[c]);
         if (h.v_scale) {
           const int64_t left = keys - j - c * kWidth, n = left < kWidth ? left : kWidth;
@@ -247,7 +280,7 @@ void attention_head(const AttentionHead& h) {
   float* const sums = s + kQueries * kMostKeys;
   uint32_t* const q = reinterpret_cast<uint32_t*>(sums) + kQueries * d_pitch;
   uint32_t* const stage = q + kQueries * dwords;
-  const bool codes = h.out_dtype >= Dtype::s8;
+  const bool codes = h.out_dtype >= Dtype::s8, ready = lies_ready<Operand>(h, h.q_pitch);
   Running run;
   pack_key_panels<Operand>(h, dwords, stage, k);
   pack_values<Value_bf16>(h, d_pitch, pairs, v);
@@ -257,13 +290,20 @@ void attention_head(const AttentionHead& h) {
   for (int64_t q0 = 0; q0 < h.queries; q0 += kQueries) {
     const int64_t count = h.queries - q0 < kQueries ? h.queries - q0 : kQueries;
     const int64_t rows = rounded_up(count, kTileRows);
-    pack_rows<Operand>(h.q, h, h.q_pitch, h.queries, q0, count, rows, dwords, q);
+    const uint32_t* queries = q;
+    int64_t q_pitch = dwords;
+    if (ready && count == rows)
+      queries = static_cast<const uint32_t*>(row_of(h.q, h.dtype, h.q_pitch, q0)), q_pitch = h.q_pitch / Operand::kPer;
+    else
+      pack_rows<Operand>(h.q, h, h.q_pitch, h.queries, q0, count, rows, dwords, q);
+    for (int64_t r = q0 + kQueries; r < q0 + 2 * kQueries && r < h.queries; ++r)
+      fetch_row(h.q, h.dtype, h.q_pitch, r, h.head_dim);
     begin_queries(h, q0, count, rows, run);
     const int64_t end = keys_seen(h, q0, count);
     for (int64_t k0 = 0; k0 < end; k0 += chunk) {
       const int64_t keys = end - k0 < chunk ? end - k0 : chunk;
       for (int64_t j = 0; j < keys; j += kColumns)
-        block<Operand>(rows, q, dwords, k + (k0 + j) * dwords, kColumns, true, dwords / kTileDwords, false, s + j,
+        block<Operand>(rows, queries, q_pitch, k + (k0 + j) * dwords, kColumns, true, dwords / kTileDwords, false, s + j,
                        kMostKeys);
       for (int64_t lane = 0; lane < rows; lane += kWidth)
         softmax_rows<Operand>(h, q0, count, k0, keys, lane, s + lane * kMostKeys, run);
