@@ -215,8 +215,7 @@ void softmax_rows(const AttentionHead& h, int64_t q0, int64_t count, int64_t k0,
   }
   const vf top = across(lanes, [](vf a, vf b) { return vmax(a, b); });
   const vf before = vload(run.most + lane), scale = vload(run.base + lane), now = vmax(before, top);
-  // In exponents of 2. What rounding does to it is the same for all of a row's p; and -inf - -inf is never asked for.
-  vstore(run.most + lane, now), vstore(run.top + lane, vmax(vset(kLowest), vmul(now, scale)));
+  vstore(run.most + lane, now), vstore(run.top + lane, now);
   for (int64_t i = 0; i < kWidth; ++i) {
     const float* const row = s + i * kMostKeys;
     uint16_t* const p = reinterpret_cast<uint16_t*>(s + i * kMostKeys);
@@ -226,7 +225,7 @@ void softmax_rows(const AttentionHead& h, int64_t q0, int64_t count, int64_t k0,
       vf x[2];
 #pragma GCC unroll 2
       for (int c = 0; c < 2; ++c) {
-        x[c] = exp2_negative(Value_bf16::kPower, _mm512_fmsub_ps(vload(row + j + c * kWidth), factor, most));
+        x[c] = exp2_negative(Value_bf16::kPower, vmul(vsub(vload(row + j + c * kWidth), most), factor));
         sum[c] = vadd(sum[c], x[c]);
         if (h.v_scale) {
           const int64_t left = keys - j - c * kWidth, n = left < kWidth ? left : kWidth;
