@@ -11,8 +11,12 @@ namespace bertkern::cpu {
 
 namespace {
 
-constexpr int64_t kBlockRows = 64;       // five tiles of 13; a block's feed-forward output stays near the L2
-constexpr int64_t kRowSplitTokens = 64;  // per thread; fewer: split columns
+// Rows of a block, whose feed-forward output stays near the L2 (64: five tiles of 13), and the tokens per thread below
+// which columns are split. A matrix unit is through with so few rows before the L3 has brought the next weights.
+struct Split {
+  int64_t block_rows, row_split_tokens;
+};
+constexpr Split kVectorSplit{64, 64}, kMatrixSplit{128, 128};
 
 thread_local Scratch call_memory, operand_memory, block_memory;
 
@@ -27,19 +31,21 @@ struct Encoder {
   void* qkv = nullptr;        // [tokens][3][wide], of qkv_dtype of the layer
   float *context = nullptr, *y = nullptr, *inner = nullptr;
   float* finite = nullptr;  // of each token: NaN where its q, k, v are, though codes
+  Split split = kVectorSplit;
 
   explicit Encoder(const EncoderCall& c) : call(c) {
     for (int64_t l = 0; l < call.layer_count; ++l) {
       wide = std::max({wide, call.layers[l].q.n, call.layers[l].v.n});
       ffn = std::max(ffn, call.layers[l].ffn1.n);
     }
+    if (call.layer_count && matrix_kernels(call.layers[0].ffn1.kind)) split = kMatrixSplit;
   }
 
   const EncoderLayer& layer(int64_t l) const { return call.layers[l]; }
   int64_t qkv_pitch() const { return 3 * wide; }
 
   void run() {
-    const bool by_rows = threads == 1 || call.tokens >= kRowSplitTokens * threads;
+    const bool by_rows = threads == 1 || call.tokens >= split.row_split_tokens * threads;
     const int64_t n = call.tokens, h = call.hidden;
     const int64_t parts[] = {align16(n * qkv_pitch()), align16(n * wide), align16(n * h),
                              by_rows ? 0 : align16(n * ffn), by_rows ? align16(n) : 0};
@@ -159,7 +165,7 @@ struct Encoder {
   }
 
   void rows_split() {
-    int64_t blocks = (call.tokens + kBlockRows - 1) / kBlockRows;
+    int64_t blocks = (call.tokens + split.block_rows - 1) / split.block_rows;
     blocks = std::min(call.tokens, (blocks + threads - 1) / threads * threads);
     const auto begin = [&](int64_t b) { return call.tokens * b / blocks; };
     parallel(blocks, [&](int64_t b) { block_qkv(0, begin(b), begin(b + 1) - begin(b)); });

@@ -57,7 +57,7 @@ void finish_rows(const MatrixTile& tile, int64_t r) {
   if (tile.rows_done) tile.rows_done(tile.context, r, MR);
 }
 
-constexpr int64_t kFinished = 4;  // rows at a time
+constexpr int64_t kFinished = 8;  // rows at a time
 
 // What remains to be done to a tile: nothing, where there is none.
 template <class Dot>
