@@ -16,6 +16,7 @@ namespace {
 struct Split {
   int64_t block_rows, row_split_tokens;
 };
+constexpr int64_t kMostPanels = 8, kTasks = 3;  // of a task where there are many; of a thread at least
 constexpr Split kVectorSplit{64, 64}, kMatrixSplit{128, 128};
 
 thread_local Scratch call_memory, operand_memory, block_memory;
@@ -180,43 +181,47 @@ struct Encoder {
   }
 
   // ------------------------------------------------------------------------------------------- columns
-  // Products that share an operand. A task is a panel; a thread's panels lie one after another.
+  // Products that share an operand. A task is some panels; a thread's panels lie one after another.
   struct Stage {
     const Linear* linear[3];
     int count;
     Rows rows;
     Output output[3];
-    int64_t panels() const {
+    int64_t most;  // panels of a task
+    int64_t tasks(int i) const { return (linear[i]->panels + most - 1) / most; }
+    int64_t tasks() const {
       int64_t sum = 0;
-      for (int i = 0; i < count; ++i) sum += linear[i]->panels;
+      for (int i = 0; i < count; ++i) sum += tasks(i);
       return sum;
     }
-    // The linear of panel p, whose number among its own comes back in p.
-    int at(int64_t& p) const {
+    struct Panels {
+      int linear;
+      int64_t begin, end;
+    };
+    Panels panels(int64_t task) const {
       int i = 0;
-      while (i + 1 < count && p >= linear[i]->panels) p -= linear[i++]->panels;
-      return i;
+      while (i + 1 < count && task >= tasks(i)) task -= tasks(i++);
+      return {i, task * most, std::min(linear[i]->panels, (task + 1) * most)};
     }
-    Piece weights(int64_t p) const {
-      const int i = at(p);
-      return panel_weights(*linear[i], p);
+    Piece weights(int64_t task) const {  // of its first panel
+      const Panels p = panels(task);
+      return panel_weights(*linear[p.linear], p.begin);
     }
   };
 
   // `next`: the stage to come, whose first panels are fetched during the last ones of this.
   void products(const Stage& stage, const Stage* next) {
-    const int64_t tasks = stage.panels(), next_tasks = next ? next->panels() : 0;
+    const int64_t tasks = stage.tasks(), next_tasks = next ? next->tasks() : 0;
     parallel(tasks, [&](int64_t task) {
-      int64_t p = task;
-      const int i = stage.at(p);
-      Output out = stage.output[i];
+      const Stage::Panels p = stage.panels(task);
+      Output out = stage.output[p.linear];
       const int64_t first = next ? first_task_of_same_worker(task, tasks, next_tasks) : 0;
       const bool last = task + 1 == tasks || first_task_of_same_worker(task + 1, tasks, tasks) == task + 1;
       if (!last)
         out.after = stage.weights(task + 1);
       else if (first < next_tasks)
         out.after = next->weights(first);
-      gemm(*stage.linear[i], stage.rows, 0, stage.rows.groups, p, p + 1, out);
+      gemm(*stage.linear[p.linear], stage.rows, 0, stage.rows.groups, p.begin, p.end, out);
     });
   }
 
@@ -241,7 +246,7 @@ struct Encoder {
           out.after = panel_weights(*stage.linear[0], p + panels);
         else
           out.after =
-              next.weights(std::min(next.panels() - 1, first_task_of_same_worker(head, e.heads, next.panels())));
+              next.weights(std::min(next.tasks() - 1, first_task_of_same_worker(head, e.heads, next.tasks())));
         gemm(*stage.linear[i], stage.rows, 0, stage.rows.groups, p, p + panels, out);
       }
       for (int64_t s = 0; s < a.sequence_count; ++s)
@@ -267,6 +272,13 @@ struct Encoder {
     const int64_t dwords = align16(rows_dwords(first, call.tokens, threads));
     float* scale = first.kind == WeightKind::s8 ? reinterpret_cast<float*>(memory + dwords) : nullptr;
     stage.rows = make_rows(first, call.tokens, memory, scale, threads);
+    // A matrix unit finishes one tile during the next: of a task, the last one stands alone.
+    stage.most = 1;
+    if (stage.rows.matrix) {
+      int64_t fewest = first.panels;
+      for (const Linear* linear : linears) fewest = std::min(fewest, linear->panels);
+      stage.most = std::max<int64_t>(1, std::min(kMostPanels, fewest / (kTasks * threads)));
+    }
     return stage;
   }
 
