@@ -5,6 +5,9 @@
 //
 // A product of tiles takes the unit 16 cycles in which the rest of the core is free: the rows of the tile before are
 // finished meanwhile, some at each step.
+//
+// Lists of sparse weights swap the roles: 4 5 are W and 6 7 X, whose listed dwords of 16 rows are gathered, a vector
+// each; 0 1 are the sums of features 0..15, 2 3 of features 16..31.
 #include "cpu/amx.h"
 #include "cpu/gemm/dot_vnni.h"
 #include "cpu/gemm/tile.h"
@@ -59,12 +62,33 @@ void finish_rows(const MatrixTile& tile, int64_t r) {
 
 constexpr int64_t kFinished = 8;  // rows at a time
 
+// Features as rows, or back.
+void turn(uint32_t* sums) {
+  const auto at = [&](int64_t i, int64_t j) { return reinterpret_cast<float*>(sums + i * kHalfPanel * kPanel + j * kHalfPanel); };
+  vf one[kWidth], other[kWidth];
+  const auto load = [](const float* from, vf(&r)[kWidth]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) r[i] = vload(from + i * kPanel);
+    transpose_lanes(r);
+  };
+  const auto store = [](const vf(&r)[kWidth], float* to) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) vstore(to + i * kPanel, r[i]);
+  };
+  for (int64_t i = 0; i < 2; ++i) load(at(i, i), one), store(one, at(i, i));
+  load(at(0, 1), one), load(at(1, 0), other);
+  store(one, at(1, 0)), store(other, at(0, 1));
+}
+
 // What remains to be done to a tile: nothing, where there is none.
 template <class Dot>
 struct Remaining {
   const MatrixTile* tile;
   int64_t done = 0;
 
+  explicit Remaining(const MatrixTile* before) : tile(before) {
+    if (tile && tile->turned) turn(tile->sums);
+  }
   inline void some() {
     if (tile && done + kFinished <= tile->mr) finish_rows<Dot, kFinished>(*tile, done), done += kFinished;
   }
@@ -78,7 +102,7 @@ struct Remaining {
 template <class Products, bool kTwo>
 BK_INLINE void products(const uint32_t* a, const uint32_t* b, int64_t kd, const char* ahead, int64_t ahead_bytes,
                         uint32_t* sums, const MatrixTile* before) {
-  Remaining<typename Products::Dot> remaining{before};
+  Remaining<typename Products::Dot> remaining(before);
   const int64_t steps = (kd + kMatrixDwords - 1) / kMatrixDwords;
   const int64_t fetched = steps ? (ahead_bytes + steps - 1) / steps : 0;
   // Rows of the tile before, evenly over the steps.
@@ -121,16 +145,127 @@ void matrix_tile(const uint32_t* a, int64_t mr, const uint32_t* b, int64_t kd, c
     products<Products, false>(a, b, kd, ahead, ahead_bytes, sums, before);
 }
 
+void turn_lists(const SparsePanel& lists, uint32_t* tiles) {
+  const uint32_t* from = lists.weights;
+  const auto list = [&](int64_t count, int64_t width) {
+    for (int64_t e = 0; e < count; e += kMatrixDwords, from += kMatrixDwords * width)
+      for (int64_t half = 0; half < width; half += kHalfPanel, tiles += kHalfPanel * kMatrixDwords) {
+        vf r[kWidth];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i)
+          r[i] = e + i < count ? vload(reinterpret_cast<const float*>(from + i * width + half)) : vset(0.0f);
+        transpose_lanes(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) vstore(reinterpret_cast<float*>(tiles + i * kMatrixDwords), r[i]);
+      }
+    from += (count - (count + kMatrixDwords - 1) / kMatrixDwords * kMatrixDwords) * width;
+  };
+  list(lists.both, kPanel), list(lists.half[0], kHalfPanel), list(lists.half[1], kHalfPanel);
+}
+
+// The listed dwords of up to 16 entries, for kTwo x 16 rows of X: [16][kMatrixRows].
+template <bool kTwo>
+BK_INLINE void gather(const uint32_t* a, const uint32_t* index, int64_t count, uint32_t* out) {
+  const auto take = [&](int64_t i, uint32_t dword) {
+    const int32_t* const from = reinterpret_cast<const int32_t*>(a + int64_t{dword} * kMatrixRows);
+    int32_t* const to = reinterpret_cast<int32_t*>(out + i * kMatrixRows);
+    vstorei(to, vloadi(from));
+    if (kTwo) vstorei(to + kWidth, vloadi(from + kWidth));
+  };
+  if (count >= kMatrixDwords) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kMatrixDwords; ++i) take(i, index[i]);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) take(i, index[i]);
+  for (int64_t i = count; i < kMatrixDwords; ++i) take(i, index[0]);  // times zero
+}
+
+template <bool kTwo>
+BK_INLINE void sparse_products(const uint32_t* a, const SparseMatrixPanel& b, const char* ahead, int64_t ahead_bytes,
+                               uint32_t* sums, const MatrixTile* before) {
+  constexpr int64_t kBuffers = 4, kTile = kHalfPanel * kMatrixDwords;
+  alignas(64) uint32_t gathered[kBuffers][kMatrixDwords * kMatrixRows];
+  const SparsePanel& lists = b.lists;
+  const auto tiles_of = [](int64_t count) { return (count + kMatrixDwords - 1) / kMatrixDwords; };
+  const int64_t steps = tiles_of(lists.both) + tiles_of(lists.half[0]) + tiles_of(lists.half[1]);
+  const int64_t fetched = steps ? (ahead_bytes + steps - 1) / steps : 0;
+  BK_TILE_ZERO(0);
+  BK_TILE_ZERO(1);
+  BK_TILE_ZERO(2);
+  BK_TILE_ZERO(3);
+  Remaining<Dot_vnni> remaining(before);
+  const uint32_t *index = lists.index, *w = b.tiles;
+  int64_t turn = 0;
+  // Calls multiply(tiles of W, gathered rows) for every 16 entries of a list.
+  const auto list = [&](int64_t count, int64_t halves, auto&& multiply) {
+    for (int64_t e = 0; e < count; e += kMatrixDwords, w += halves * kTile) {
+      uint32_t* const x = gathered[turn++ % kBuffers];
+      for (const char* const next = ahead + fetched; ahead < next; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+      gather<kTwo>(a, index + e, count - e, x);
+      multiply(w, x);
+      remaining.some();
+    }
+    index += count;
+  };
+  list(lists.both, 2, [](const uint32_t* tiles, const uint32_t* x) {
+    BK_TILE_LOAD(4, tiles, kTileBytes);
+    BK_TILE_LOAD(5, tiles + kTile, kTileBytes);
+    BK_TILE_LOAD(6, x, kMatrixRows * 4);
+    BK_TILE_PRODUCT("tdpbsud", 0, 4, 6);
+    BK_TILE_PRODUCT("tdpbsud", 2, 5, 6);
+    if (kTwo) {
+      BK_TILE_LOAD(7, x + kTileRows, kMatrixRows * 4);
+      BK_TILE_PRODUCT("tdpbsud", 1, 4, 7);
+      BK_TILE_PRODUCT("tdpbsud", 3, 5, 7);
+    }
+  });
+  list(lists.half[0], 1, [](const uint32_t* tiles, const uint32_t* x) {
+    BK_TILE_LOAD(4, tiles, kTileBytes);
+    BK_TILE_LOAD(6, x, kMatrixRows * 4);
+    BK_TILE_PRODUCT("tdpbsud", 0, 4, 6);
+    if (kTwo) {
+      BK_TILE_LOAD(7, x + kTileRows, kMatrixRows * 4);
+      BK_TILE_PRODUCT("tdpbsud", 1, 4, 7);
+    }
+  });
+  list(lists.half[1], 1, [](const uint32_t* tiles, const uint32_t* x) {
+    BK_TILE_LOAD(5, tiles, kTileBytes);
+    BK_TILE_LOAD(6, x, kMatrixRows * 4);
+    BK_TILE_PRODUCT("tdpbsud", 2, 5, 6);
+    if (kTwo) {
+      BK_TILE_LOAD(7, x + kTileRows, kMatrixRows * 4);
+      BK_TILE_PRODUCT("tdpbsud", 3, 5, 7);
+    }
+  });
+  remaining.all();
+  BK_TILE_STORE(0, sums, kPanel * 4);
+  BK_TILE_STORE(2, sums + kHalfPanel * kPanel, kPanel * 4);
+  if (kTwo) {
+    BK_TILE_STORE(1, sums + kHalfPanel, kPanel * 4);
+    BK_TILE_STORE(3, sums + kHalfPanel * kPanel + kHalfPanel, kPanel * 4);
+  }
+}
+
+void sparse_matrix_tile(const uint32_t* a, int64_t mr, const SparseMatrixPanel& b, const char* ahead,
+                        int64_t ahead_bytes, uint32_t* sums, const MatrixTile* before) {
+  if (mr > kTileRows)
+    sparse_products<true>(a, b, ahead, ahead_bytes, sums, before);
+  else
+    sparse_products<false>(a, b, ahead, ahead_bytes, sums, before);
+}
+
 template <class Products>
 void finish_tile(const MatrixTile& tile) {
-  Remaining<typename Products::Dot>{&tile}.all();
+  Remaining<typename Products::Dot>(&tile).all();
 }
 
 }  // namespace
 
 extern const MatrixKernels matrix_s8_amx, matrix_bf16_amx;
-const MatrixKernels matrix_s8_amx = {&begin_tiles, &end_tiles, &matrix_tile<Products_s8>, &finish_tile<Products_s8>};
+const MatrixKernels matrix_s8_amx = {&begin_tiles, &end_tiles,          &matrix_tile<Products_s8>,
+                                     &turn_lists,  &sparse_matrix_tile, &finish_tile<Products_s8>};
 const MatrixKernels matrix_bf16_amx = {&begin_tiles, &end_tiles, &matrix_tile<Products_bf16>,
-                                       &finish_tile<Products_bf16>};
+                                       nullptr,      nullptr,    &finish_tile<Products_bf16>};
 
 }  // namespace bertkern::cpu

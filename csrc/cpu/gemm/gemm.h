@@ -13,7 +13,7 @@
 //             it is [KD][2][mr], bytes 0 and 2 of each dword as 16-bit numbers, then bytes 1 and 3; for ordered weights
 //             (below) [KD][mr] dwords, and for low bits, of which some are ordered, both, one after the other.
 //             Where the processor multiplies matrices (AMX) it is [KD / 16][kMatrixRows][16] dwords, KD rounded up to
-//             16, zeros at the end: rows lie as they are, in pieces.
+//             16, zeros at the end: rows lie as they are, in pieces. For sparse weights it is [KD][kMatrixRows] there.
 //   A tile kernel computes the sums of mr rows and 32 features and, for s8, makes floats of them: TileOutput.
 //
 // Where tiles are small (16 registers), every operand is read often, and the L2 of such processors may hold no whole
@@ -175,7 +175,8 @@ using NarrowGroupTileFn = void (*)(const uint32_t* a, int64_t lda, const uint32_
 // rows of it.
 constexpr int64_t kMatrixRows = 32, kMatrixDwords = 16;
 struct MatrixTile {
-  const uint32_t* sums;  // [kMatrixRows][32]
+  uint32_t* sums;  // [kMatrixRows][32]
+  bool turned;     // features are the rows of `sums`, and rows of X its columns
   int64_t mr;
   TileOutput output;
   void (*rows_done)(void* context, int64_t r, int64_t rows);  // null: none
@@ -184,11 +185,27 @@ struct MatrixTile {
 // `before`: to be finished meanwhile, or null. `ahead_bytes` from `ahead` on are fetched into the L2 cache.
 using MatrixTileFn = void (*)(const uint32_t* a, int64_t mr, const uint32_t* b, int64_t kd, const char* ahead,
                               int64_t ahead_bytes, uint32_t* sums, const MatrixTile* before);
+// Lists of a sparse panel for the unit: features are rows and listed dwords of K columns, 16 x 16 of them together, the
+// last ones of a list zeros. X lies as [KD][kMatrixRows]: a tile of its listed dwords is gathered in whole vectors.
+struct SparseMatrixPanel {
+  SparsePanel lists;
+  const uint32_t* tiles;  // [both / 16][2][16][16], [half[0] / 16][16][16], [half[1] / 16][16][16]
+};
+using TurnListsFn = void (*)(const SparsePanel& lists, uint32_t* tiles);
+static inline int64_t list_tile_dwords(const SparsePanel& lists) {
+  const auto tiles = [](int64_t count) { return (count + kMatrixDwords - 1) / kMatrixDwords; };
+  return (2 * tiles(lists.both) + tiles(lists.half[0]) + tiles(lists.half[1])) * kHalfPanel * kMatrixDwords;
+}
+// As MatrixTileFn, but for sums that are turned.
+using SparseMatrixTileFn = void (*)(const uint32_t* a, int64_t mr, const SparseMatrixPanel& b, const char* ahead,
+                                    int64_t ahead_bytes, uint32_t* sums, const MatrixTile* before);
 // All calls of a thread stand between begin() and end(), which give it the unit and take it away.
 struct MatrixKernels {
   void (*begin)();
   void (*end)();
   MatrixTileFn tile;
+  TurnListsFn turn_lists;          // null, as sparse_tile: sparse weights are not for this unit
+  SparseMatrixTileFn sparse_tile;
   void (*finish)(const MatrixTile& tile);
 };
 

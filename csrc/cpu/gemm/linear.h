@@ -218,6 +218,7 @@ constexpr int64_t kGroupPad = 16;  // dwords after a group: groups that are read
 struct Rows {
   int64_t rows, groups, kd, planes, pitch;
   bool matrix;  // for a matrix unit; `pitch` is kMatrixRows
+  bool lists;   // whose operand is gathered by lists of dwords
   uint32_t* data;
   float* scale;    // per row (s8)
   float* sum;      // [groups along K][rows]: of codes less their zero point (s8, Layout::grouped)
@@ -233,7 +234,7 @@ struct Rows {
     const int64_t whole = even((rows + 15) / 16) * 16;  // the unit takes 16 rows at a time
     return whole < rows ? whole : rows;
   }
-  int64_t group_dwords() const { return (matrix ? (kd + 15) / 16 * 16 : kd * planes) * pitch + kGroupPad; }
+  int64_t group_dwords() const { return (matrix && !lists ? (kd + 15) / 16 * 16 : kd * planes) * pitch + kGroupPad; }
   uint32_t* group_data(int64_t group) const { return data + group * group_dwords(); }
 };
 

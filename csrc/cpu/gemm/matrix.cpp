@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cpu/gemm/loops.h"
+#include "cpu/scratch.h"
 
 namespace bertkern::cpu {
 
@@ -19,10 +20,14 @@ class MatrixUnit {
   MatrixTile& next() { return tiles_[turn_]; }
   float* buffer() { return buffers_[turn_]; }  // for its outputs, [kMatrixRows][kPanel]
   void multiply(const uint32_t* a, const uint32_t* b, int64_t kd, const char* ahead, int64_t ahead_bytes) {
-    MatrixTile& tile = tiles_[turn_];
-    tile.sums = sums_[turn_];
-    kernels_.tile(a, tile.mr, b, kd, ahead, ahead_bytes, sums_[turn_], before_);
-    before_ = &tile, turn_ ^= 1;
+    MatrixTile& tile = begin(false);
+    kernels_.tile(a, tile.mr, b, kd, ahead, ahead_bytes, tile.sums, before_);
+    before_ = &tile;
+  }
+  void multiply(const uint32_t* a, const SparseMatrixPanel& b, const char* ahead, int64_t ahead_bytes) {
+    MatrixTile& tile = begin(true);
+    kernels_.sparse_tile(a, tile.mr, b, ahead, ahead_bytes, tile.sums, before_);
+    before_ = &tile;
   }
   void finish() {
     if (before_) kernels_.finish(*before_);
@@ -30,6 +35,13 @@ class MatrixUnit {
   }
 
  private:
+  MatrixTile& begin(bool turned) {
+    MatrixTile& tile = tiles_[turn_];
+    tile.sums = sums_[turn_], tile.turned = turned;
+    turn_ ^= 1;
+    return tile;
+  }
+
   const MatrixKernels& kernels_;
   alignas(64) uint32_t sums_[2][kMatrixRows * kPanel];
   alignas(64) float buffers_[2][kMatrixRows * kPanel];
@@ -37,6 +49,16 @@ class MatrixUnit {
   const MatrixTile* before_ = nullptr;
   int turn_ = 0;
 };
+
+thread_local Scratch turned_lists;
+
+// The panel's lists as the unit takes them, in memory of the thread's.
+SparseMatrixPanel sparse_matrix_panel(const MatrixKernels& kernels, const Linear& linear, int64_t panel) {
+  const SparsePanel lists = sparse_panel(linear, panel);
+  uint32_t* const tiles = turned_lists.get<uint32_t>(list_tile_dwords(lists));
+  kernels.turn_lists(lists, tiles);
+  return {lists, tiles};
+}
 
 // Where the rows of a tile go, once they are floats.
 struct Written {
@@ -60,8 +82,10 @@ int64_t rows_in_cache() {
 void gemm_matrix(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, int64_t p0, int64_t p1,
                  const Output& output, const void* start) {
   const bool integer = linear.kind == WeightKind::s8, grouped = linear.layout == Layout::grouped;
+  const bool sparse = linear.layout == Layout::panels;
+  const MatrixKernels& kernels = *matrix_kernels(linear.kind);
   Sink sink(linear, output);
-  MatrixUnit unit(*matrix_kernels(linear.kind));
+  MatrixUnit unit(kernels);
   Written written[2];
   int turn = 0;
   const int64_t block = std::max<int64_t>(1, rows_in_cache() / (rows.group_dwords() * 4));
@@ -70,10 +94,11 @@ void gemm_matrix(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1,
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t column = p * kPanel, columns = std::min(kPanel, linear.n - column);
       const bool direct = sink.in_tile() && columns == kPanel;
-      const uint32_t* const panel = dense_panel(linear, p);
+      const uint32_t* const panel = sparse ? nullptr : dense_panel(linear, p);
+      const SparseMatrixPanel lists = sparse ? sparse_matrix_panel(kernels, linear, p) : SparseMatrixPanel{};
       // The next panel comes from memory, or the L3: each tile fetches its share.
       const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
-      const int64_t share = next.bytes / (end - begin);
+      const int64_t share = next.data ? next.bytes / (end - begin) : 0;
       for (int64_t g = begin; g < end; ++g) {
         const int64_t r = rows.begin(g);
         MatrixTile& tile = unit.next();
@@ -95,8 +120,11 @@ void gemm_matrix(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1,
           written[turn] = {&sink, unit.buffer(), r, column, columns};
           tile.rows_done = &Written::rows_done, tile.context = &written[turn];
         }
-        unit.multiply(rows.group_data(g), panel, linear.kd, reinterpret_cast<const char*>(next.data) + (g - begin) * share,
-                      next.data ? share : 0);
+        const char* const ahead = reinterpret_cast<const char*>(next.data) + (g - begin) * share;
+        if (sparse)
+          unit.multiply(rows.group_data(g), lists, ahead, share);
+        else
+          unit.multiply(rows.group_data(g), panel, linear.kd, ahead, share);
         turn ^= 1;
       }
     }

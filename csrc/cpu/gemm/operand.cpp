@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kLeastRows = 6;   // of a group that is one of several for a reason: fewer leave the dot products idle
 constexpr int64_t kSplitRows = 6;   // measured: fewer rows wait for memory in any case
 constexpr int64_t kVectorRows = 4;  // measured: so few are no work for a matrix unit
+constexpr int64_t kListRows = 16;   // nor are so few where lists must be turned for it first
 
 // Whether rows bring a scale and a zero point of their own.
 bool own_ranges(const Linear& linear) {
@@ -28,8 +29,9 @@ int64_t planes_of(const Linear& linear) {
 // Whether the rows go to a matrix unit: by the layer alone, where its sums depend on it, and elsewhere where it is
 // faster.
 bool for_matrix_unit(const Linear& linear, int64_t rows) {
-  if (scaled_along_k(linear) || !matrix_kernels(linear.kind)) return false;
-  if (linear.layout != Layout::dense && linear.layout != Layout::grouped) return false;
+  const MatrixKernels* const kernels = matrix_kernels(linear.kind);
+  if (!kernels || scaled_along_k(linear) || linear.layout == Layout::tokens) return false;
+  if (linear.layout == Layout::panels) return kernels->sparse_tile && !linear.ordered && rows > kListRows;
   return linear.kind != WeightKind::s8 || rows > (linear.layout == Layout::grouped ? kNarrowRows : kVectorRows);
 }
 
@@ -76,6 +78,7 @@ Rows shape_of_rows(const Linear& linear, int64_t rows, int64_t multiple) {
   Rows shape{};
   shape.rows = rows, shape.groups = group_count(linear, rows, multiple), shape.kd = linear.kd;
   shape.planes = planes_of(linear), shape.matrix = for_matrix_unit(linear, rows);
+  shape.lists = linear.layout == Layout::panels;
   shape.pitch = shape.matrix ? kMatrixRows : group_pitch(linear);
   return shape;
 }
@@ -87,7 +90,9 @@ int64_t operand_dwords(const Rows& shape) { return shape.groups * shape.group_dw
 bool same_operand(const Linear& a, const Linear& b) {
   const bool sums = sums_of_rows(a);
   if (sums != sums_of_rows(b) || (sums && !same_groups(a, b))) return false;
-  if (for_matrix_unit(a, kMatrixRows) != for_matrix_unit(b, kMatrixRows)) return false;
+  const bool unit = for_matrix_unit(a, kMatrixRows);
+  if (unit != for_matrix_unit(b, kMatrixRows)) return false;
+  if (unit && (a.layout == Layout::panels) != (b.layout == Layout::panels)) return false;
   if (planes_of(a) != planes_of(b)) return false;
   return a.kind == b.kind && a.k == b.k && a.input_scale == b.input_scale && a.input_zero == b.input_zero &&
          (a.layout == Layout::tokens) == (b.layout == Layout::tokens);
@@ -127,12 +132,12 @@ void pack_matrix_rows(const Rows& rows, int64_t group, Convert&& convert) {
 // Calls convert(row, dwords) for each row of the group, then interleaves the rows.
 template <class Convert>
 void pack_rows(const Rows& rows, int64_t group, Convert&& convert) {
-  if (rows.matrix) return pack_matrix_rows(rows, group, convert);
+  if (rows.matrix && !rows.lists) return pack_matrix_rows(rows, group, convert);
   const int64_t r0 = rows.begin(group), mr = rows.begin(group + 1) - r0, kd = rows.kd;
   uint32_t* out = rows.group_data(group);
   const int64_t pitch = (kd * rows.planes + 15) / 16 * 16;
-  uint32_t* stage = staging.get<uint32_t>(pitch * (kGroupPitch + 1));
-  uint32_t* narrow = stage + pitch * kGroupPitch;
+  uint32_t* stage = staging.get<uint32_t>(pitch * (rows.pitch + 1));
+  uint32_t* narrow = stage + pitch * rows.pitch;
   const auto row = [&](int64_t r, uint32_t* to) {
     if (rows.planes == 1) return convert(r, to);
     convert(r, narrow);
