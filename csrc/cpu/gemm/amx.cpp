@@ -181,63 +181,66 @@ BK_INLINE void gather(const uint32_t* a, const uint32_t* index, int64_t count, u
   for (int64_t i = count; i < kMatrixDwords; ++i) take(i, index[0]);  // times zero
 }
 
+// Goes through the entries of a panel's lists, 16 at a time.
+struct ListCursor {
+  const uint32_t* index;
+  const int64_t counts[3];
+  int which = -1;  // of the lists: both, half[0], half[1]; 3 at the end
+  int64_t left = 0;
+
+  explicit ListCursor(const SparsePanel& lists) : index(lists.index), counts{lists.both, lists.half[0], lists.half[1]} {
+    next();
+  }
+  inline void next() {
+    index += left < kMatrixDwords ? left : kMatrixDwords, left -= kMatrixDwords;
+    while (left <= 0 && ++which < 3) left = counts[which];
+  }
+};
+
+// A tile cannot be loaded from lines that are still on their way to the cache: they are gathered so many steps before.
+constexpr int64_t kGatheredAhead = 3, kGathered = 4;
+
 template <bool kTwo>
 BK_INLINE void sparse_products(const uint32_t* a, const SparseMatrixPanel& b, const char* ahead, int64_t ahead_bytes,
                                uint32_t* sums, const MatrixTile* before) {
-  constexpr int64_t kBuffers = 4, kTile = kHalfPanel * kMatrixDwords;
-  alignas(64) uint32_t gathered[kBuffers][kMatrixDwords * kMatrixRows];
-  const SparsePanel& lists = b.lists;
-  const auto tiles_of = [](int64_t count) { return (count + kMatrixDwords - 1) / kMatrixDwords; };
-  const int64_t steps = tiles_of(lists.both) + tiles_of(lists.half[0]) + tiles_of(lists.half[1]);
+  constexpr int64_t kTile = kHalfPanel * kMatrixDwords;
+  alignas(64) uint32_t gathered[kGathered][kMatrixDwords * kMatrixRows];
+  const int64_t steps = list_tile_dwords(b.lists) / kTile;  // and some more
   const int64_t fetched = steps ? (ahead_bytes + steps - 1) / steps : 0;
   BK_TILE_ZERO(0);
   BK_TILE_ZERO(1);
   BK_TILE_ZERO(2);
   BK_TILE_ZERO(3);
-  Remaining<Dot_vnni> remaining(before);
-  const uint32_t *index = lists.index, *w = b.tiles;
-  int64_t turn = 0;
-  // Calls multiply(tiles of W, gathered rows) for every 16 entries of a list.
-  const auto list = [&](int64_t count, int64_t halves, auto&& multiply) {
-    for (int64_t e = 0; e < count; e += kMatrixDwords, w += halves * kTile) {
-      uint32_t* const x = gathered[turn++ % kBuffers];
-      for (const char* const next = ahead + fetched; ahead < next; ahead += 64) __builtin_prefetch(ahead, 0, 2);
-      gather<kTwo>(a, index + e, count - e, x);
-      multiply(w, x);
-      remaining.some();
-    }
-    index += count;
+  ListCursor coming(b.lists), now(b.lists);
+  int64_t taken = 0;
+  const auto gather_next = [&] {
+    if (coming.which > 2) return;
+    gather<kTwo>(a, coming.index, coming.left, gathered[taken++ % kGathered]);
+    coming.next();
   };
-  list(lists.both, 2, [](const uint32_t* tiles, const uint32_t* x) {
-    BK_TILE_LOAD(4, tiles, kTileBytes);
-    BK_TILE_LOAD(5, tiles + kTile, kTileBytes);
+  for (int64_t i = 0; i < kGatheredAhead; ++i) gather_next();
+  Remaining<Dot_vnni> remaining(before);
+  const uint32_t* w = b.tiles;
+  for (int64_t i = 0; now.which < 3; ++i, now.next()) {
+    for (const char* const next = ahead + fetched; ahead < next; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    gather_next();
+    const uint32_t* const x = gathered[i % kGathered];
     BK_TILE_LOAD(6, x, kMatrixRows * 4);
-    BK_TILE_PRODUCT("tdpbsud", 0, 4, 6);
-    BK_TILE_PRODUCT("tdpbsud", 2, 5, 6);
-    if (kTwo) {
-      BK_TILE_LOAD(7, x + kTileRows, kMatrixRows * 4);
-      BK_TILE_PRODUCT("tdpbsud", 1, 4, 7);
-      BK_TILE_PRODUCT("tdpbsud", 3, 5, 7);
+    if (kTwo) BK_TILE_LOAD(7, x + kTileRows, kMatrixRows * 4);
+    if (now.which < 2) {
+      BK_TILE_LOAD(4, w, kTileBytes);
+      BK_TILE_PRODUCT("tdpbsud", 0, 4, 6);
+      if (kTwo) BK_TILE_PRODUCT("tdpbsud", 1, 4, 7);
+      w += kTile;
     }
-  });
-  list(lists.half[0], 1, [](const uint32_t* tiles, const uint32_t* x) {
-    BK_TILE_LOAD(4, tiles, kTileBytes);
-    BK_TILE_LOAD(6, x, kMatrixRows * 4);
-    BK_TILE_PRODUCT("tdpbsud", 0, 4, 6);
-    if (kTwo) {
-      BK_TILE_LOAD(7, x + kTileRows, kMatrixRows * 4);
-      BK_TILE_PRODUCT("tdpbsud", 1, 4, 7);
+    if (now.which != 1) {
+      BK_TILE_LOAD(5, w, kTileBytes);
+      BK_TILE_PRODUCT("tdpbsud", 2, 5, 6);
+      if (kTwo) BK_TILE_PRODUCT("tdpbsud", 3, 5, 7);
+      w += kTile;
     }
-  });
-  list(lists.half[1], 1, [](const uint32_t* tiles, const uint32_t* x) {
-    BK_TILE_LOAD(5, tiles, kTileBytes);
-    BK_TILE_LOAD(6, x, kMatrixRows * 4);
-    BK_TILE_PRODUCT("tdpbsud", 2, 5, 6);
-    if (kTwo) {
-      BK_TILE_LOAD(7, x + kTileRows, kMatrixRows * 4);
-      BK_TILE_PRODUCT("tdpbsud", 3, 5, 7);
-    }
-  });
+    remaining.some();
+  }
   remaining.all();
   BK_TILE_STORE(0, sums, kPanel * 4);
   BK_TILE_STORE(2, sums + kHalfPanel * kPanel, kPanel * 4);
