@@ -13,6 +13,9 @@ namespace {
 
 // Rows of a block, whose feed-forward output stays near the L2 (64: five tiles of 13), and the tokens per thread below
 // which columns are split. A matrix unit is through with so few rows before the L3 has brought the next weights.
+//
+// Where columns are split, weights are read once, but rows come from and go to all threads' caches: with half of the
+// weights, half as many tokens pay for reading them once per thread.
 struct Split {
   int64_t block_rows, row_split_tokens;
 };
@@ -40,6 +43,18 @@ struct Encoder {
       ffn = std::max(ffn, call.layers[l].ffn1.n);
     }
     if (call.layer_count && matrix_kernels(call.layers[0].ffn1.kind)) split = kMatrixSplit;
+    split.row_split_tokens = static_cast<int64_t>(static_cast<double>(split.row_split_tokens) * share_of_weights());
+  }
+
+  // Of what dense weights would take. Planes of few bits count as these: every thread would decode them.
+  double share_of_weights() const {
+    int64_t stored = 0, dense = 0;
+    for (int64_t l = 0; l < call.layer_count; ++l)
+      for (const Linear* linear : {&layer(l).q, &layer(l).k, &layer(l).v, &layer(l).o, &layer(l).ffn1, &layer(l).ffn2}) {
+        const int64_t whole = linear->panels * kPanel * linear->kd;
+        dense += whole, stored += linear->layout == Layout::grouped ? whole : std::min(linear->weight_dwords, whole);
+      }
+    return dense ? static_cast<double>(stored) / static_cast<double>(dense) : 1.0;
   }
 
   const EncoderLayer& layer(int64_t l) const { return call.layers[l]; }

@@ -172,6 +172,7 @@ bool view_groupwise(const void* data, int64_t bytes, const LinearHeader& h, Line
   linear.kind = static_cast<WeightKind>(h.kind), linear.layout = Layout::grouped, linear.features = linear.ordered = 0;
   linear.n = h.n, linear.k = h.k, linear.panels = panels;
   linear.weights = reinterpret_cast<const uint32_t*>(at);
+  linear.weight_dwords = h.weight_dwords;
   at += h.weight_dwords * 4;
   GroupHeader header;
   std::memcpy(&header, at, sizeof header);

@@ -86,6 +86,7 @@ struct Linear {
   int64_t features;  // R of tokens
   int64_t ordered;   // kListed, where dense weights or panels lie in ordered lists; else 0
   const uint32_t* weights;
+  int64_t weight_dwords;
   const void* index;
   const void* table;
   const int32_t* init;  // null: rows have zero points of their own

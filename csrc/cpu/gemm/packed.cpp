@@ -125,6 +125,7 @@ bool view_linear(const void* data, int64_t bytes, Linear& linear) {
   linear.ordered = is_ordered(header) ? features : 0;
   linear.n = header.n, linear.k = header.k, linear.kd = kd, linear.panels = np / kPanel;
   linear.weights = reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + sizeof header);
+  linear.weight_dwords = header.weight_dwords;
   linear.index = linear.weights + header.weight_dwords;
   linear.table = static_cast<const char*>(linear.index) + index_bytes(header);
   const uint32_t* tail =
