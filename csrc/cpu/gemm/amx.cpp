@@ -99,12 +99,34 @@ struct Remaining {
   }
 };
 
+// What memory is to bring while a tile is multiplied, a share at each of `steps` steps: weights that come next, and the
+// rows of Y that this tile will be written to.
+struct Ahead {
+  const char* weights;
+  const char* row;
+  const char* const end;
+  const int64_t share, pitch, steps;
+
+  Ahead(const char* ahead, int64_t bytes, const MatrixTile& tile, int64_t step_count)
+      : weights(ahead),
+        row(tile.rows),
+        end(row + tile.mr * tile.rows_pitch),
+        share(step_count ? (bytes + step_count - 1) / step_count : 0),
+        pitch(tile.rows_pitch),
+        steps(step_count) {}
+  inline void some() {
+    for (const char* const next = weights + share; weights < next; weights += 64) __builtin_prefetch(weights, 0, 2);
+    for (int64_t i = 0; i < kMatrixRows && row < end; i += steps, row += pitch)
+      asm volatile("prefetchw (%0)\n\tprefetchw 64(%0)" : : "r"(row));
+  }
+};
+
 template <class Products, bool kTwo>
 BK_INLINE void products(const uint32_t* a, const uint32_t* b, int64_t kd, const char* ahead, int64_t ahead_bytes,
-                        uint32_t* sums, const MatrixTile* before) {
+                        const MatrixTile& tile, const MatrixTile* before) {
   Remaining<typename Products::Dot> remaining(before);
   const int64_t steps = (kd + kMatrixDwords - 1) / kMatrixDwords;
-  const int64_t fetched = steps ? (ahead_bytes + steps - 1) / steps : 0;
+  Ahead meanwhile(ahead, ahead_bytes, tile, steps);
   // Rows of the tile before, evenly over the steps.
   const int64_t every = steps * kFinished < kMatrixRows ? 1 : steps * kFinished / kMatrixRows;
   BK_TILE_ZERO(0);
@@ -115,7 +137,7 @@ BK_INLINE void products(const uint32_t* a, const uint32_t* b, int64_t kd, const 
   }
   int64_t k = 0, turn = every;
   for (; k + kMatrixDwords <= kd; k += kMatrixDwords) {
-    for (const char* const next = ahead + fetched; ahead < next; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    meanwhile.some();
     step<Products, kTwo>(a, b);
     a += kMatrixRows * kMatrixDwords, b += kMatrixDwords * kPanel;
     if (--turn == 0) remaining.some(), turn = every;
@@ -128,6 +150,7 @@ BK_INLINE void products(const uint32_t* a, const uint32_t* b, int64_t kd, const 
     step<Products, kTwo>(a, rest);
   }
   remaining.all();
+  uint32_t* const sums = tile.sums;
   BK_TILE_STORE(0, sums, kPanel * 4);
   BK_TILE_STORE(1, sums + kHalfPanel, kPanel * 4);
   if (kTwo) {
@@ -137,12 +160,12 @@ BK_INLINE void products(const uint32_t* a, const uint32_t* b, int64_t kd, const 
 }
 
 template <class Products>
-void matrix_tile(const uint32_t* a, int64_t mr, const uint32_t* b, int64_t kd, const char* ahead, int64_t ahead_bytes,
-                 uint32_t* sums, const MatrixTile* before) {
-  if (mr > kTileRows)
-    products<Products, true>(a, b, kd, ahead, ahead_bytes, sums, before);
+void matrix_tile(const uint32_t* a, const uint32_t* b, int64_t kd, const char* ahead, int64_t ahead_bytes,
+                 const MatrixTile& tile, const MatrixTile* before) {
+  if (tile.mr > kTileRows)
+    products<Products, true>(a, b, kd, ahead, ahead_bytes, tile, before);
   else
-    products<Products, false>(a, b, kd, ahead, ahead_bytes, sums, before);
+    products<Products, false>(a, b, kd, ahead, ahead_bytes, tile, before);
 }
 
 void turn_lists(const SparsePanel& lists, uint32_t* tiles) {
@@ -202,11 +225,10 @@ constexpr int64_t kGatheredAhead = 3, kGathered = 4;
 
 template <bool kTwo>
 BK_INLINE void sparse_products(const uint32_t* a, const SparseMatrixPanel& b, const char* ahead, int64_t ahead_bytes,
-                               uint32_t* sums, const MatrixTile* before) {
+                               const MatrixTile& tile, const MatrixTile* before) {
   constexpr int64_t kTile = kHalfPanel * kMatrixDwords;
   alignas(64) uint32_t gathered[kGathered][kMatrixDwords * kMatrixRows];
-  const int64_t steps = list_tile_dwords(b.lists) / kTile;  // and some more
-  const int64_t fetched = steps ? (ahead_bytes + steps - 1) / steps : 0;
+  Ahead meanwhile(ahead, ahead_bytes, tile, list_tile_dwords(b.lists) / kTile);
   BK_TILE_ZERO(0);
   BK_TILE_ZERO(1);
   BK_TILE_ZERO(2);
@@ -222,7 +244,7 @@ BK_INLINE void sparse_products(const uint32_t* a, const SparseMatrixPanel& b, co
   Remaining<Dot_vnni> remaining(before);
   const uint32_t* w = b.tiles;
   for (int64_t i = 0; now.which < 3; ++i, now.next()) {
-    for (const char* const next = ahead + fetched; ahead < next; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    meanwhile.some();
     gather_next();
     const uint32_t* const x = gathered[i % kGathered];
     BK_TILE_LOAD(6, x, kMatrixRows * 4);
@@ -242,6 +264,7 @@ BK_INLINE void sparse_products(const uint32_t* a, const SparseMatrixPanel& b, co
     remaining.some();
   }
   remaining.all();
+  uint32_t* const sums = tile.sums;
   BK_TILE_STORE(0, sums, kPanel * 4);
   BK_TILE_STORE(2, sums + kHalfPanel * kPanel, kPanel * 4);
   if (kTwo) {
@@ -250,12 +273,12 @@ BK_INLINE void sparse_products(const uint32_t* a, const SparseMatrixPanel& b, co
   }
 }
 
-void sparse_matrix_tile(const uint32_t* a, int64_t mr, const SparseMatrixPanel& b, const char* ahead,
-                        int64_t ahead_bytes, uint32_t* sums, const MatrixTile* before) {
-  if (mr > kTileRows)
-    sparse_products<true>(a, b, ahead, ahead_bytes, sums, before);
+void sparse_matrix_tile(const uint32_t* a, const SparseMatrixPanel& b, const char* ahead, int64_t ahead_bytes,
+                        const MatrixTile& tile, const MatrixTile* before) {
+  if (tile.mr > kTileRows)
+    sparse_products<true>(a, b, ahead, ahead_bytes, tile, before);
   else
-    sparse_products<false>(a, b, ahead, ahead_bytes, sums, before);
+    sparse_products<false>(a, b, ahead, ahead_bytes, tile, before);
 }
 
 template <class Products>

@@ -177,14 +177,16 @@ constexpr int64_t kMatrixRows = 32, kMatrixDwords = 16;
 struct MatrixTile {
   uint32_t* sums;  // [kMatrixRows][32]
   bool turned;     // features are the rows of `sums`, and rows of X its columns
+  char* rows;      // of Y, `rows_pitch` bytes apart: another core may have them, so they are asked for early
+  int64_t rows_pitch;
   int64_t mr;
   TileOutput output;
   void (*rows_done)(void* context, int64_t r, int64_t rows);  // null: none
   void* context;
 };
-// `before`: to be finished meanwhile, or null. `ahead_bytes` from `ahead` on are fetched into the L2 cache.
-using MatrixTileFn = void (*)(const uint32_t* a, int64_t mr, const uint32_t* b, int64_t kd, const char* ahead,
-                              int64_t ahead_bytes, uint32_t* sums, const MatrixTile* before);
+// The sums of `tile`; `before`: to be finished meanwhile, or null. `ahead_bytes` from `ahead` on are fetched into the L2.
+using MatrixTileFn = void (*)(const uint32_t* a, const uint32_t* b, int64_t kd, const char* ahead, int64_t ahead_bytes,
+                              const MatrixTile& tile, const MatrixTile* before);
 // Lists of a sparse panel for the unit: features are rows and listed dwords of K columns, 16 x 16 of them together, the
 // last ones of a list zeros. X lies as [KD][kMatrixRows]: a tile of its listed dwords is gathered in whole vectors.
 struct SparseMatrixPanel {
@@ -197,8 +199,8 @@ static inline int64_t list_tile_dwords(const SparsePanel& lists) {
   return (2 * tiles(lists.both) + tiles(lists.half[0]) + tiles(lists.half[1])) * kHalfPanel * kMatrixDwords;
 }
 // As MatrixTileFn, but for sums that are turned.
-using SparseMatrixTileFn = void (*)(const uint32_t* a, int64_t mr, const SparseMatrixPanel& b, const char* ahead,
-                                    int64_t ahead_bytes, uint32_t* sums, const MatrixTile* before);
+using SparseMatrixTileFn = void (*)(const uint32_t* a, const SparseMatrixPanel& b, const char* ahead,
+                                    int64_t ahead_bytes, const MatrixTile& tile, const MatrixTile* before);
 // All calls of a thread stand between begin() and end(), which give it the unit and take it away.
 struct MatrixKernels {
   void (*begin)();

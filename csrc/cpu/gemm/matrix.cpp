@@ -21,12 +21,12 @@ class MatrixUnit {
   float* buffer() { return buffers_[turn_]; }  // for its outputs, [kMatrixRows][kPanel]
   void multiply(const uint32_t* a, const uint32_t* b, int64_t kd, const char* ahead, int64_t ahead_bytes) {
     MatrixTile& tile = begin(false);
-    kernels_.tile(a, tile.mr, b, kd, ahead, ahead_bytes, tile.sums, before_);
+    kernels_.tile(a, b, kd, ahead, ahead_bytes, tile, before_);
     before_ = &tile;
   }
   void multiply(const uint32_t* a, const SparseMatrixPanel& b, const char* ahead, int64_t ahead_bytes) {
     MatrixTile& tile = begin(true);
-    kernels_.sparse_tile(a, tile.mr, b, ahead, ahead_bytes, tile.sums, before_);
+    kernels_.sparse_tile(a, b, ahead, ahead_bytes, tile, before_);
     before_ = &tile;
   }
   void finish() {
@@ -103,6 +103,7 @@ void gemm_matrix(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1,
         const int64_t r = rows.begin(g);
         MatrixTile& tile = unit.next();
         tile.mr = rows.begin(g + 1) - r;
+        tile.rows = static_cast<char*>(sink.row(r, column)), tile.rows_pitch = output.out_pitch * dtype_size(output.dtype);
         TileOutput& sums = tile.output;
         sums = TileOutput{};
         sums.init = static_cast<const char*>(start) + column * 4;
