@@ -1,5 +1,6 @@
 // AMX: both products are of tiles, and queries are the rows of both. A row of scores lies along its keys, so that p,
-// rounded to bf16 in place, is what the second product reads; maxima and sums of 16 rows are turned into lanes together.
+// rounded to bf16 in place, is what the second product reads; maxima and sums of 16 rows are turned into lanes
+// together.
 //
 //   scores    [32 queries][32 keys]       += Q [32][d] K^T          K^T as panels [d dwords][32 keys]
 //   values    [32 queries][32 features]   += P [32][keys] V         V as panels [pairs of keys][32 features]
@@ -100,7 +101,8 @@ void pack_rows(const void* from, const AttentionHead& h, int64_t from_pitch, int
                int64_t rows, int64_t pitch, uint32_t* out) {
   const int64_t steps = (h.head_dim + Operand::kPer - 1) / Operand::kPer;
   for (int64_t r = 0; r < count; ++r, out += pitch) {
-    for (int64_t d = steps / kWidth * kWidth; d < pitch; d += kWidth) vstorei(reinterpret_cast<int32_t*>(out + d), vseti(0));
+    for (int64_t d = steps / kWidth * kWidth; d < pitch; d += kWidth)
+      vstorei(reinterpret_cast<int32_t*>(out + d), vseti(0));
     if (r0 + r + kRowsAhead < total) fetch_row(from, h.dtype, from_pitch, r0 + r + kRowsAhead, h.head_dim);
     Operand::pack(row_of(from, h.dtype, from_pitch, r0 + r), h.dtype, h.head_dim, out);
   }
@@ -237,8 +239,7 @@ void softmax_rows(const AttentionHead& h, int64_t q0, int64_t count, int64_t k0,
     lanes[i] = vadd(sum[0], sum[1]);
   }
   const vf shrink = exp2_negative(kPower5, vmul(vsub(before, now), scale));
-  const vf total =
-      vfma(vload(run.total + lane), shrink, across(lanes, [](vf a, vf b) { return vadd(a, b); }));
+  const vf total = vfma(vload(run.total + lane), shrink, across(lanes, [](vf a, vf b) { return vadd(a, b); }));
   vstore(run.total + lane, total), vstore(run.rescale + lane, shrink);
   // A sum that is not zero is near 1 at least: the largest score's own exponential.
   vstore(run.inverse + lane, select_lt(total, vset(0.5f), vset(0.0f), vdiv(vset(h.factor), total)));
@@ -302,8 +303,8 @@ void attention_head(const AttentionHead& h) {
     for (int64_t k0 = 0; k0 < end; k0 += chunk) {
       const int64_t keys = end - k0 < chunk ? end - k0 : chunk;
       for (int64_t j = 0; j < keys; j += kColumns)
-        block<Operand>(rows, queries, q_pitch, k + (k0 + j) * dwords, kColumns, true, dwords / kTileDwords, false, s + j,
-                       kMostKeys);
+        block<Operand>(rows, queries, q_pitch, k + (k0 + j) * dwords, kColumns, true, dwords / kTileDwords, false,
+                       s + j, kMostKeys);
       for (int64_t lane = 0; lane < rows; lane += kWidth)
         softmax_rows<Operand>(h, q0, count, k0, keys, lane, s + lane * kMostKeys, run);
       if (k0 > 0) scale_rows(sums, d_pitch, count, run.rescale);

@@ -1,4 +1,5 @@
-// What the two products of attention read. An Operand has two halves, which say what the dot products of scores and of values read:
+// What the two products of attention read. An Operand has two halves, which say what the dot products of scores and of
+// values read:
 //
 //   Score, Value                       both:
 //   Dot                                policy of the products, see gemm/dot.h

@@ -50,7 +50,8 @@ struct Encoder {
   double share_of_weights() const {
     int64_t stored = 0, dense = 0;
     for (int64_t l = 0; l < call.layer_count; ++l)
-      for (const Linear* linear : {&layer(l).q, &layer(l).k, &layer(l).v, &layer(l).o, &layer(l).ffn1, &layer(l).ffn2}) {
+      for (const Linear* linear :
+           {&layer(l).q, &layer(l).k, &layer(l).v, &layer(l).o, &layer(l).ffn1, &layer(l).ffn2}) {
         const int64_t whole = linear->panels * kPanel * linear->kd;
         dense += whole, stored += linear->layout == Layout::grouped ? whole : std::min(linear->weight_dwords, whole);
       }
@@ -260,8 +261,7 @@ struct Encoder {
         else if (!last)
           out.after = panel_weights(*stage.linear[0], p + panels);
         else
-          out.after =
-              next.weights(std::min(next.tasks() - 1, first_task_of_same_worker(head, e.heads, next.tasks())));
+          out.after = next.weights(std::min(next.tasks() - 1, first_task_of_same_worker(head, e.heads, next.tasks())));
         gemm(*stage.linear[i], stage.rows, 0, stage.rows.groups, p, p + panels, out);
       }
       for (int64_t s = 0; s < a.sequence_count; ++s)

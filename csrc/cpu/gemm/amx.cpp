@@ -15,13 +15,13 @@
 namespace bertkern::cpu {
 namespace {
 
-#define BK_PRODUCTS(name, opcode, dot)                                \
-  struct name {                                                       \
-    using Dot = dot;                                                  \
-    BK_INLINE void step0() { BK_TILE_PRODUCT(opcode, 0, 4, 6); }      \
-    BK_INLINE void step1() { BK_TILE_PRODUCT(opcode, 1, 4, 7); }      \
-    BK_INLINE void step2() { BK_TILE_PRODUCT(opcode, 2, 5, 6); }      \
-    BK_INLINE void step3() { BK_TILE_PRODUCT(opcode, 3, 5, 7); }      \
+#define BK_PRODUCTS(name, opcode, dot)                           \
+  struct name {                                                  \
+    using Dot = dot;                                             \
+    BK_INLINE void step0() { BK_TILE_PRODUCT(opcode, 0, 4, 6); } \
+    BK_INLINE void step1() { BK_TILE_PRODUCT(opcode, 1, 4, 7); } \
+    BK_INLINE void step2() { BK_TILE_PRODUCT(opcode, 2, 5, 6); } \
+    BK_INLINE void step3() { BK_TILE_PRODUCT(opcode, 3, 5, 7); } \
   }
 BK_PRODUCTS(Products_s8, "tdpbusd", Dot_vnni);
 BK_PRODUCTS(Products_bf16, "tdpbf16ps", Dot_f32);
@@ -64,7 +64,9 @@ constexpr int64_t kFinished = 8;  // rows at a time
 
 // Features as rows, or back.
 void turn(uint32_t* sums) {
-  const auto at = [&](int64_t i, int64_t j) { return reinterpret_cast<float*>(sums + i * kHalfPanel * kPanel + j * kHalfPanel); };
+  const auto at = [&](int64_t i, int64_t j) {
+    return reinterpret_cast<float*>(sums + i * kHalfPanel * kPanel + j * kHalfPanel);
+  };
   vf one[kWidth], other[kWidth];
   const auto load = [](const float* from, vf(&r)[kWidth]) {
 #pragma GCC unroll 16

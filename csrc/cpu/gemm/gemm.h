@@ -184,7 +184,8 @@ struct MatrixTile {
   void (*rows_done)(void* context, int64_t r, int64_t rows);  // null: none
   void* context;
 };
-// The sums of `tile`; `before`: to be finished meanwhile, or null. `ahead_bytes` from `ahead` on are fetched into the L2.
+// The sums of `tile`; `before`: to be finished meanwhile, or null. `ahead_bytes` from `ahead` on are fetched into the
+// L2.
 using MatrixTileFn = void (*)(const uint32_t* a, const uint32_t* b, int64_t kd, const char* ahead, int64_t ahead_bytes,
                               const MatrixTile& tile, const MatrixTile* before);
 // Lists of a sparse panel for the unit: features are rows and listed dwords of K columns, 16 x 16 of them together, the
@@ -206,7 +207,7 @@ struct MatrixKernels {
   void (*begin)();
   void (*end)();
   MatrixTileFn tile;
-  TurnListsFn turn_lists;          // null, as sparse_tile: sparse weights are not for this unit
+  TurnListsFn turn_lists;  // null, as sparse_tile: sparse weights are not for this unit
   SparseMatrixTileFn sparse_tile;
   void (*finish)(const MatrixTile& tile);
 };

@@ -124,10 +124,7 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     const bool straight = narrow.takes(p);
     const int bits = grouped && !along_k ? static_cast<int>(linear.grouped_panel[p].bits) : 0;
     const bool ordered = listed_all || (may_list && bits <= kOrderedBits);
-    const int64_t most = straight  ? 0
-                         : along_k ? tiles.group_mr
-                         : ordered ? tiles.ordered_mr
-                                   : tiles.max_mr;
+    const int64_t most = straight ? 0 : along_k ? tiles.group_mr : ordered ? tiles.ordered_mr : tiles.max_mr;
     if (!cuts || most != cut_most) {
       cut_most = most;
       cuts = straight ? cut_tiles(rows, g0, g1, count, [](int64_t left) { return Narrow::rows_of(left); })
@@ -155,8 +152,7 @@ void gemm_tiles(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1, 
     // Planes are decoded at once, and would be waited for with any number of rows. So would lists: their panels are
     // short, and fetched a tile's share before each tile.
     const Piece next = p + 1 < p1 ? panel_weights(linear, p + 1) : output.after;
-    const bool fetched =
-        g1 - g0 > 1 && (grouped || sparse || rows.begin(g1) - rows.begin(g0) <= kFetchingRows);
+    const bool fetched = g1 - g0 > 1 && (grouped || sparse || rows.begin(g1) - rows.begin(g0) <= kFetchingRows);
     const int64_t share = fetched && steps > 0 ? next.bytes / ((g1 - g0) * blocks) : 0;
     const char* const ahead = reinterpret_cast<const char*>(share ? next.data : panel);
     const bool lists = share && sparse;

@@ -103,7 +103,8 @@ void gemm_matrix(const Linear& linear, const Rows& rows, int64_t g0, int64_t g1,
         const int64_t r = rows.begin(g);
         MatrixTile& tile = unit.next();
         tile.mr = rows.begin(g + 1) - r;
-        tile.rows = static_cast<char*>(sink.row(r, column)), tile.rows_pitch = output.out_pitch * dtype_size(output.dtype);
+        tile.rows = static_cast<char*>(sink.row(r, column)),
+        tile.rows_pitch = output.out_pitch * dtype_size(output.dtype);
         TileOutput& sums = tile.output;
         sums = TileOutput{};
         sums.init = static_cast<const char*>(start) + column * 4;
