@@ -52,6 +52,11 @@ _COSTS: dict[tuple[str, int], tuple[float, float]] = {
     ("tokens", 4): (0.08, 1.00),
     ("tokens", 1): (0.02, 1.85),
 }
+# The same where a matrix unit (AMX) does the dense product and, of int8 alone, that of panels.
+_MATRIX_COSTS: dict[torch.dtype, dict[tuple[str, int], tuple[float, float]]] = {
+    torch.int8: {("panels", 16): (0.36, 1.70), ("tokens", 4): (0.20, 4.0), ("tokens", 1): (0.20, 8.0)},
+    torch.bfloat16: {("panels", 16): (0.20, 8.0), ("tokens", 4): (0.20, 8.0), ("tokens", 1): (0.20, 16.0)},
+}
 
 
 @dataclass(frozen=True)
@@ -269,14 +274,16 @@ def fits(form: Form, weight: Tensor) -> bool:
     return -(-k // _PER_DWORD.get(weight.dtype, 1)) <= _MOST_STEPS and rounded < 2**31
 
 
-def cost(layout: str, features: int, density: float) -> float:
+def cost(layout: str, features: int, density: float, dtype: torch.dtype = torch.float32) -> float:
     """The time of a sparse form as a share of the dense one's, by the cost model.
 
     Args:
         layout, features: "panels" with 16 features that share a pattern, or "tokens" with 1 or 4.
         density: of blocks of so many features and one step of the kernel along K: 4 int8 codes, 2 bf16 or 1 fp32.
+        dtype: of the weight.
     """
-    fixed, slope = _COSTS[layout, features]
+    costs = _MATRIX_COSTS.get(dtype, _COSTS) if ops.cpu_isa() == "amx" else _COSTS
+    fixed, slope = costs[layout, features]
     return fixed + slope * density
 
 
@@ -294,7 +301,7 @@ def candidates(weight: Tensor) -> dict[Form, tuple[float, float]]:
     found = {}
     for layout, rows in _COSTS:
         density = _density(nonzero, rows, per)
-        share = cost(layout, rows, density)
+        share = cost(layout, rows, density, weight.dtype)
         if share < _HOPELESS:
             block = _storage(nonzero, rows, per, density) if layout == "panels" else (rows, per)
             found[Form(layout, *block)] = (density, min(1.0, share))

@@ -137,13 +137,19 @@ def test_no_product_goes_through_the_stack(level, objects):
 @needs_x86
 @needs_tool("objdump")
 def test_matrix_units_are_used(objects):
-    (path,) = [path for path in objects if level_of(path) == "amx" and path.parent.name == "gemm"]
-    code = output("objdump", "-d", "--no-show-raw-insn", path)
+    def tiles(operation, product):
+        (path,) = [path for path in objects if level_of(path) == "amx" and path.parent.name == operation]
+        return re.findall(rf"{product}\s+(\S+)", output("objdump", "-d", "--no-show-raw-insn", path))
+
+    every = {f"%tmm{b},%tmm{a},%tmm{c}" for a, b, c in ((4, 6, 0), (4, 7, 1), (5, 6, 2), (5, 7, 3))}
     for product in ("tdpbusd", "tdpbf16ps"):
         # With two tiles of rows, with one, and each once more for the last dwords of K.
-        tiles = re.findall(rf"{product}\s+(\S+)", code)
-        assert set(tiles) == {f"%tmm{b},%tmm{a},%tmm{c}" for a, b, c in ((4, 6, 0), (4, 7, 1), (5, 6, 2), (5, 7, 3))}
-        assert len(tiles) == 12
+        found = tiles("gemm", product)
+        assert set(found) == every and len(found) >= 12
+    lists = tiles("gemm", "tdpbsud")
+    assert set(lists) == every and len(lists) >= 6
+    for product in ("tdpbf16ps", "tdpbssd"):
+        assert set(tiles("attention", product)) == every
 
 
 @needs_x86
