@@ -87,7 +87,7 @@ def test_what_was_measured_before_an_interruption_is_kept(at_once, monkeypatch):
 
 
 def test_from_pretrained_is_as_silent_as_transformers(at_once, capsys):
-    model = bk.quantize_(pruned("BertModel", share=0.9), measure=False)
+    model = bk.quantize_(pruned("BertModel", share=0.98), measure=False)  # so many zeros are worth a look with AMX, too
     model.save_pretrained(at_once / "model")
     capsys.readouterr()
     transformers.logging.disable_progress_bar()
