@@ -19,20 +19,16 @@ static_assert(kQueries == 2 * kTileRows && kMostKeys % kColumns == 0, "blocks of
 BK_INLINE int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Dwords of a row of q or k, which are those in memory where the dtype is kDtype.
-struct Pairs {
+struct Pairs : Products_bf16 {
   static constexpr Dtype kDtype = Dtype::bf16;
   static constexpr int64_t kPer = 2;
   static constexpr bool kInteger = false;
   BK_INLINE void pack(const void* row, Dtype dtype, int64_t count, uint32_t* out) {
     Score_bf16::pack_query(row, dtype, count, out);
   }
-  BK_INLINE void step0() { BK_TILE_PRODUCT("tdpbf16ps", 0, 4, 6); }
-  BK_INLINE void step1() { BK_TILE_PRODUCT("tdpbf16ps", 1, 4, 7); }
-  BK_INLINE void step2() { BK_TILE_PRODUCT("tdpbf16ps", 2, 5, 6); }
-  BK_INLINE void step3() { BK_TILE_PRODUCT("tdpbf16ps", 3, 5, 7); }
 };
 
-struct Codes {  // exact sums of s8 x s8
+struct Codes : Products_s8s8 {  // exact sums of s8 x s8
   static constexpr Dtype kDtype = Dtype::s8;
   static constexpr int64_t kPer = 4;
   static constexpr bool kInteger = true;
@@ -43,10 +39,6 @@ struct Codes {  // exact sums of s8 x s8
       _mm512_mask_storeu_epi32(out + d / 4, first_lanes((n + 3) / 4), x);
     }
   }
-  BK_INLINE void step0() { BK_TILE_PRODUCT("tdpbssd", 0, 4, 6); }
-  BK_INLINE void step1() { BK_TILE_PRODUCT("tdpbssd", 1, 4, 7); }
-  BK_INLINE void step2() { BK_TILE_PRODUCT("tdpbssd", 2, 5, 6); }
-  BK_INLINE void step3() { BK_TILE_PRODUCT("tdpbssd", 3, 5, 7); }
 };
 
 // sums = a b, or += where they are resumed: 32 rows (16 where !kTwo) by 32 columns (16 where !wide), over `steps` tiles

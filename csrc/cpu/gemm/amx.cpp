@@ -15,16 +15,13 @@
 namespace bertkern::cpu {
 namespace {
 
-#define BK_PRODUCTS(name, opcode, dot)                           \
-  struct name {                                                  \
-    using Dot = dot;                                             \
-    BK_INLINE void step0() { BK_TILE_PRODUCT(opcode, 0, 4, 6); } \
-    BK_INLINE void step1() { BK_TILE_PRODUCT(opcode, 1, 4, 7); } \
-    BK_INLINE void step2() { BK_TILE_PRODUCT(opcode, 2, 5, 6); } \
-    BK_INLINE void step3() { BK_TILE_PRODUCT(opcode, 3, 5, 7); } \
-  }
-BK_PRODUCTS(Products_s8, "tdpbusd", Dot_vnni);
-BK_PRODUCTS(Products_bf16, "tdpbf16ps", Dot_f32);
+struct Dense_s8 : Products_u8s8 {
+  using Dot = Dot_vnni;
+};
+struct Dense_bf16 : Products_bf16 {
+  using Dot = Dot_f32;
+};
+using Lists = Products_s8u8;
 
 // 16 dwords of K.
 template <class Products, bool kTwo>
@@ -253,14 +250,14 @@ BK_INLINE void sparse_products(const uint32_t* a, const SparseMatrixPanel& b, co
     if (kTwo) BK_TILE_LOAD(7, x + kTileRows, kMatrixRows * 4);
     if (now.which < 2) {
       BK_TILE_LOAD(4, w, kTileBytes);
-      BK_TILE_PRODUCT("tdpbsud", 0, 4, 6);
-      if (kTwo) BK_TILE_PRODUCT("tdpbsud", 1, 4, 7);
+      Lists::step0();
+      if (kTwo) Lists::step1();
       w += kTile;
     }
     if (now.which != 1) {
       BK_TILE_LOAD(5, w, kTileBytes);
-      BK_TILE_PRODUCT("tdpbsud", 2, 5, 6);
-      if (kTwo) BK_TILE_PRODUCT("tdpbsud", 3, 5, 7);
+      Lists::step2();
+      if (kTwo) Lists::step3();
       w += kTile;
     }
     remaining.some();
@@ -291,9 +288,9 @@ void finish_tile(const MatrixTile& tile) {
 }  // namespace
 
 extern const MatrixKernels matrix_s8_amx, matrix_bf16_amx;
-const MatrixKernels matrix_s8_amx = {&begin_tiles, &end_tiles,          &matrix_tile<Products_s8>,
-                                     &turn_lists,  &sparse_matrix_tile, &finish_tile<Products_s8>};
-const MatrixKernels matrix_bf16_amx = {&begin_tiles, &end_tiles, &matrix_tile<Products_bf16>,
-                                       nullptr,      nullptr,    &finish_tile<Products_bf16>};
+const MatrixKernels matrix_s8_amx = {&begin_tiles, &end_tiles,          &matrix_tile<Dense_s8>,
+                                     &turn_lists,  &sparse_matrix_tile, &finish_tile<Dense_s8>};
+const MatrixKernels matrix_bf16_amx = {&begin_tiles, &end_tiles, &matrix_tile<Dense_bf16>,
+                                       nullptr,      nullptr,    &finish_tile<Dense_bf16>};
 
 }  // namespace bertkern::cpu
